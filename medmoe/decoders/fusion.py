@@ -1,0 +1,162 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""A light decoder for 2-D and 3-D that brings the feature maps of several experts together.
+
+Maps of different experts are channel-normalized before they meet: their scales differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medmoe.errors import ConfigError
+
+FUSIONS = ("concat", "gated", "late")
+
+
+def convolution(spatial_dims: int, channels: int, out: int, kernel: int) -> nn.Module:
+    """A convolution of the given number of dimensions that keeps the size."""
+    kind = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+    return kind(channels, out, kernel, padding=kernel // 2)
+
+
+def block(spatial_dims: int, channels: int, out: int) -> nn.Sequential:
+    """Convolution of side 3, group norm and GELU."""
+    norm = nn.GroupNorm(math.gcd(8, out), out)
+    return nn.Sequential(convolution(spatial_dims, channels, out, 3), norm, nn.GELU())
+
+
+def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Linear interpolation of (B, C, H, W) or (B, C, H, W, D) to ``size``."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear" if x.dim() == 4 else "trilinear", align_corners=False)
+
+
+def common_grid(maps: Sequence[Sequence[Tensor]], image: Sequence[int], limit: int = 64) -> tuple[int, int]:
+    """In-plane grid where all maps meet: the finest of them, at most half the image's and at most ``limit`` a side."""
+    sizes = [(m.shape[-2], m.shape[-1]) for levels in maps for m in levels]
+    finest = [max(size[axis] for size in sizes) for axis in (0, 1)]
+    rows, columns = (max(1, min(finest[axis], -(-image[axis] // 2), limit)) for axis in (0, 1))
+    return rows, columns
+
+
+class LevelProjection(nn.Module):
+    """All levels of one expert on one grid: channel norm, 1 x 1 convolution, resize, sum."""
+
+    def __init__(self, widths: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.projections = nn.ModuleList(nn.Linear(width, channels) for width in widths)
+
+    def forward(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+        """Maps (N, C_i, h_i, w_i) of each level -> (N, channels, *grid)."""
+        total: Tensor | None = None
+        for norm, project, level in zip(self.norms, self.projections, maps, strict=True):
+            x = project(norm(level.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            # Antialiased, because the finest levels are larger than the grid.
+            x = F.interpolate(x, grid, mode="bilinear", align_corners=False, antialias=True)
+            total = x if total is None else total + x
+        assert total is not None
+        return total
+
+
+class Head(nn.Module):
+    """From fused features on the common grid, and the image itself, to logits at full resolution."""
+
+    def __init__(self, channels: int, in_channels: int, num_classes: int, spatial_dims: int, stem: int) -> None:
+        super().__init__()
+        self.refine = nn.Sequential(block(spatial_dims, channels, channels), block(spatial_dims, channels, channels))
+        self.reduce = convolution(spatial_dims, channels, max(stem, 16), 1)
+        self.stem = None
+        if stem:
+            self.stem = nn.Sequential(block(spatial_dims, in_channels, stem), block(spatial_dims, stem, stem))
+        width = max(stem, 16)
+        self.merge = block(spatial_dims, width + stem, width)
+        self.logits = convolution(spatial_dims, width, num_classes, 1)
+
+    def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        """Features (B, channels, h, w[, D]) and image (B, C, H, W[, D]) -> (B, num_classes, H, W[, D])."""
+        x = enlarge(self.reduce(self.refine(features)), image.shape[2:])
+        if self.stem is not None:
+            x = torch.cat([x, self.stem(image)], 1)
+        return self.logits(self.merge(x))
+
+
+class FusionDecoder(nn.Module):
+    """Fuses the levels of all experts and decodes them.
+
+    Args:
+        widths: channels of each level of each expert.
+        in_channels: of the image.
+        num_classes: channels of the logits.
+        spatial_dims: 2 or 3. In 3-D the experts' maps come slice by slice and the convolutions run over all axes.
+        channels: width of the fused features.
+        fusion: "concat": concatenated and projected; "gated": a softmax over the experts at each token; "late": a head
+            for each expert, whose logits are summed, with a loss of its own each.
+        stem: channels of the convolutions on the full-resolution image, which keep thin structures; 0 for none.
+
+    Raises:
+        ConfigError: for an unknown fusion or a number of dimensions other than 2 and 3.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[Sequence[int]],
+        in_channels: int,
+        num_classes: int,
+        spatial_dims: int = 2,
+        channels: int = 64,
+        fusion: str = "concat",
+        stem: int = 16,
+    ) -> None:
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise ConfigError(f"fusion={fusion!r} is not known: choose one of {', '.join(FUSIONS)}")
+        if spatial_dims not in (2, 3):
+            raise ConfigError(f"spatial_dims={spatial_dims}: 2 or 3 is expected")
+        self.spatial_dims = spatial_dims
+        self.fusion = fusion if len(widths) > 1 else "concat"
+        self.levels = nn.ModuleList(LevelProjection(each, channels) for each in widths)
+        if self.fusion == "gated":
+            self.gate = convolution(spatial_dims, channels * len(widths), len(widths), 1)
+        elif len(widths) > 1 and self.fusion == "concat":
+            self.join = convolution(spatial_dims, channels * len(widths), channels, 1)
+        heads = len(widths) if self.fusion == "late" else 1
+        self.heads = nn.ModuleList(
+            Head(channels, in_channels, num_classes, spatial_dims, stem) for _ in range(heads)
+        )
+
+    def forward(self, maps: Sequence[Sequence[Tensor]], image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the logits of each expert under late fusion.
+
+        Args:
+            maps: of each expert, each level (B, C, h, w); in 3-D (B * D, C, h, w), the slices of an image in a row.
+            image: (B, C, H, W) or (B, C, H, W, D).
+        """
+        grid = common_grid(maps, image.shape[2:4])
+        features = [self.unfold(levels(each, grid), image) for levels, each in zip(self.levels, maps, strict=True)]
+        if self.fusion == "late":
+            parts = [head(x, image) for head, x in zip(self.heads, features, strict=True)]
+            return torch.stack(parts).sum(0), parts
+        return self.heads[0](self.fuse(features), image), []
+
+    def unfold(self, x: Tensor, image: Tensor) -> Tensor:
+        """(B * D, C, h, w) -> (B, C, h, w, D) in 3-D."""
+        return x if self.spatial_dims == 2 else x.unflatten(0, (image.shape[0], -1)).movedim(1, -1)
+
+    def fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """One map of all experts' features."""
+        if len(features) == 1:
+            return features[0]
+        together = torch.cat(list(features), 1)
+        if self.fusion == "concat":
+            return self.join(together)
+        weights = self.gate(together).softmax(1).unsqueeze(2)
+        return (weights * torch.stack(list(features), 1)).sum(1)

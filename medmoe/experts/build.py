@@ -1,0 +1,90 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""From a name to a frozen expert with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medmoe.errors import ExpertError
+from medmoe.experts import catalog, weights
+from medmoe.experts.base import Expert
+from medmoe.experts.tiny_vit import TinyViTExpert, fold_batch_norms
+from medmoe.experts.vit import ViTExpert
+
+RANDOM = "random"
+
+
+def load_expert(
+    name: str,
+    image_size: int | None = None,
+    weights_file: str | Path | None = None,
+    channels: Sequence[int] | None = None,
+) -> Expert:
+    """A frozen expert by name.
+
+    Args:
+        name: of the catalog (``medmoe experts list``), or ``timm/MODEL`` for any plain vision transformer of timm.
+        image_size: pixels of the longest side of its view. Defaults to what the catalog or timm says.
+        weights_file: where to read the weights instead of the cache or the hub; "random" leaves them random, which is a
+            control experiment, not an expert.
+        channels: which three image channels it sees, for images with more than three.
+
+    Raises:
+        ExpertError: for an unknown name, weights that are not there, damaged, or do not fit.
+    """
+    if name.startswith("timm/"):
+        return timm_expert(name, image_size, weights_file, channels)
+    entry = catalog.entry(name)
+    size = image_size or entry.image_size
+    expert: Expert
+    if entry.architecture == "tiny_vit":
+        expert = TinyViTExpert(size, channels=channels)
+    else:
+        assert entry.timm_model and entry.mean and entry.std
+        expert = ViTExpert(timm_model(entry.timm_model), size, entry.mean, entry.std, channels=channels)
+    expert.name, expert.domain = entry.name, entry.domain
+    if weights_file == RANDOM:
+        return expert
+    path = Path(weights_file) if weights_file else weights.cached_weights(name)
+    tensors = weights.read_weights(path)
+    if entry.architecture == "tiny_vit":
+        prefix = "image_encoder."
+        tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)} or tensors
+        tensors = fold_batch_norms(tensors)
+    weights.load_strict(expert.vit if isinstance(expert, ViTExpert) else expert, tensors, f"{name} ({path})")
+    expert.sha256 = weights.sha256_of(path)
+    return expert
+
+
+def timm_model(name: str, **options: object):  # noqa: ANN201 - timm's models have no common type
+    """A timm model without its classification head, for any input size."""
+    import timm
+
+    try:
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ExpertError(f"timm cannot make {name!r}: {error}") from error
+
+
+def timm_expert(
+    name: str, image_size: int | None, weights_file: str | Path | None, channels: Sequence[int] | None
+) -> ViTExpert:
+    """A vision transformer of timm, with weights from a file, from the hub, or random."""
+    import timm
+
+    model = name.removeprefix("timm/")
+    if weights_file is None:
+        vit, digest = timm_model(model, pretrained=True), "hub"
+    elif weights_file == RANDOM:
+        vit, digest = timm_model(model), RANDOM
+    else:
+        overlay = {"file": str(weights_file)}
+        digest = weights.sha256_of(Path(weights_file))
+        vit = timm_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+    config = timm.data.resolve_data_config(model=vit)
+    expert = ViTExpert(vit, image_size or config["input_size"][-1], config["mean"], config["std"], channels=channels)
+    expert.name, expert.sha256 = name, digest
+    return expert
