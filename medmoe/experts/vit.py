@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class ViTExpert(Expert):
         channels: which image channels to show, for images with more than three.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         vit: nn.Module,
@@ -46,7 +50,7 @@ class ViTExpert(Expert):
                 f"{type(vit).__name__} is not a plain vision transformer: name a timm model such as "
                 "vit_base_patch16_224, vit_small_patch14_dinov2 or vit_base_patch16_clip_224"
             )
-        self.vit = vit
+        self.vit: Any = vit
         self.patch = vit.patch_embed.patch_size[0]
         self.image_size, self.channels = image_size, channels
         self.widths = (vit.embed_dim,) * len(vit.blocks)
@@ -88,7 +92,7 @@ class ViTExpert(Expert):
         return tokens._replace(x=self.vit.norm(tokens.x)).map()
 
 
-def keys_values_only(block: nn.Module, x: Tensor, prompts: Tensor) -> Tensor:
+def keys_values_only(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
     """A timm block where the prompts (B, P, D) are extra keys and values for the tokens x (B, N, D).
 
     Equal to running the block on both and dropping the prompts' outputs, at N instead of N + P rows in the queries,
@@ -105,4 +109,5 @@ def keys_values_only(block: nn.Module, x: Tensor, prompts: Tensor) -> Tensor:
         mixed = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
     mixed = mixed.transpose(1, 2).reshape(batch, count, -1)
     x = x + block.ls1(attn.proj(attn.norm(mixed)))
-    return x + block.ls2(block.mlp(block.norm2(x)))
+    result: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return result

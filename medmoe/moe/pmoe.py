@@ -4,8 +4,8 @@
 """pMoE: Prompting Diverse Experts Together Wins More in Visual Adaptation (Mo, Luo, Li; arXiv 2602.22938, ICLR 2025).
 
 From the paper: an expert is a separate frozen encoder; each owns learned *expert prompt tokens* (EPTs) at every prompt
-layer; a *dispatcher* at each prompt layer takes the EPTs of all experts, the prompts accumulated from the last layer and
-the expert's patch tokens, and gives the prompts that enter the layer.
+layer; a *dispatcher* at each prompt layer takes the EPTs of all experts, the prompts accumulated from the last layer
+and the expert's patch tokens, and gives the prompts that enter the layer.
 
 The paper's equations are not public in full; these are our reading, each a constructor argument:
 
@@ -15,15 +15,16 @@ The paper's equations are not public in full; these are our reading, each a cons
     P_k = EPT_k + alpha S^T X_k,   alpha learned, from 0.1                            form="residual", our default
 
 Zp_k are the prompt outputs of the last site, Z_k the patch tokens pooled to at most 256. With exchange="params" only
-learned prompts cross between experts; with "activations" the other experts' prompt outputs do too, and in place of those
-a few pooled tokens of an expert that runs without prompts. Tokens of another width pass through a learned low-rank map.
+learned prompts cross between experts; with "activations" the other experts' prompt outputs do too, and in place of
+those a few pooled tokens of an expert that runs without prompts. Tokens of another width pass through a learned
+low-rank map.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,13 @@ class Dispatcher(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_prompts: int, dispatch: str = "soft", form: str = "residual", top_k: int = 4, rank: int = 16
+        self,
+        width: int,
+        num_prompts: int,
+        dispatch: str = "soft",
+        form: str = "residual",
+        top_k: int = 4,
+        rank: int = 16,
     ) -> None:
         super().__init__()
         self.dispatch, self.top_k = dispatch, top_k
@@ -212,12 +219,12 @@ class PMoE(nn.Module):
         self.streams, self.max_patches = tuple(streams), max_patches
         self.recording = False
         self.last: dict[tuple[int, int], tuple[Tensor, Tensor, list[tuple[str, int]]]] = {}
-        self.prompts = nn.ModuleList(
+        self.prompts: Any = nn.ModuleList(
             nn.ParameterList([prompt_parameter(num_prompts, width, s.patch) for width in s.widths if s.prompted])
             for s in streams
         )
         mixes = dispatch != "none"
-        self.dispatchers = nn.ModuleList(
+        self.dispatchers: Any = nn.ModuleList(
             nn.ModuleList(
                 [Dispatcher(width, num_prompts, dispatch, form, top_k) for width in s.widths if s.prompted and mixes]
             )

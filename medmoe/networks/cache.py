@@ -16,8 +16,8 @@ from torch import Tensor
 class FeatureCache:
     """Least-recently-used feature maps in memory, found by the content of the image.
 
-    Because the key is a hash of the pixels, nothing stale can be found: augmentation that draws from a finite set (none,
-    or flips) is served from the cache after each variant was seen once, and pixels that never repeat just miss.
+    Because the key is a hash of the pixels, nothing stale can be found: augmentation that draws from a finite set
+    (none, or flips) is served from the cache after each variant was seen once, and pixels that never repeat just miss.
 
     Args:
         max_bytes: of the kept maps; 0 keeps nothing.
@@ -27,6 +27,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.entries: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
+        self.full = False
 
     def get(self, image: Tensor, encode: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """The maps of one image (1, C, H, W), encoded only where they are not kept."""
@@ -49,6 +50,7 @@ class FeatureCache:
         self.entries[key] = maps
         self.bytes += sum(m.nbytes for m in maps)
         while self.bytes > self.max_bytes and self.entries:
+            self.full = True
             _, old = self.entries.popitem(last=False)
             self.bytes -= sum(m.nbytes for m in old)
 
@@ -56,6 +58,7 @@ class FeatureCache:
         """Forgets everything."""
         self.entries.clear()
         self.bytes = self.hits = self.misses = 0
+        self.full = False
 
 
 def stack_maps(each: list[list[Tensor]]) -> list[Tensor]:

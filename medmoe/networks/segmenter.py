@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medmoe.decoders import FusionDecoder
 from medmoe.errors import ConfigError
 from medmoe.experts.base import Expert, Tokens
-from medmoe.moe.pmoe import State, Stream
+from medmoe.moe.pmoe import PMoE, State, Stream
 from medmoe.moe.routing import RoutingRecord
 from medmoe.networks.cache import FeatureCache, stack_maps
 from medmoe.networks.precision import autocast
@@ -86,7 +86,7 @@ class ExpertSegmenter(nn.Module):
         num_classes: int,
         spatial_dims: int = 2,
         in_channels: int = 1,
-        prompter: Callable[[Sequence[Stream]], nn.Module] | None = None,
+        prompter: Callable[[Sequence[Stream]], PMoE] | None = None,
         prompted: bool | Sequence[bool] = True,
         adapters: Adapter | Sequence[Adapter | None] | None = None,
         decoder: Callable[..., FusionDecoder] = FusionDecoder,
@@ -104,8 +104,8 @@ class ExpertSegmenter(nn.Module):
         self.experts = nn.ModuleList(experts)
         flags = one_each("prompted", prompted, len(experts))
         self.prompted = [prompter is not None and bool(flag) for flag in flags]
-        attach = one_each("adapters", adapters, len(experts))
-        self.adapted = [a is not None and a.attach(e) for a, e in zip(attach, experts, strict=True)]  # type: ignore[attr-defined]
+        attach = cast("list[Adapter | None]", one_each("adapters", adapters, len(experts)))
+        self.adapted = [a is not None and a.attach(e) for a, e in zip(attach, experts, strict=True)]
         depths = [len(e.widths) for e, p in zip(experts, self.prompted, strict=True) if p]
         self.num_sites = num_sites or (min(depths) if depths else 1)
         if depths and self.num_sites > min(depths):
@@ -113,9 +113,11 @@ class ExpertSegmenter(nn.Module):
         self.sites = [site_layers(len(e.widths), self.num_sites) for e in experts]
         first, last = site_range or (0, self.num_sites - 1)
         if not 0 <= first <= last < self.num_sites:
-            raise ConfigError(f"site_range={[first, last]} is not within the {self.num_sites} sites 0..{self.num_sites - 1}")
+            raise ConfigError(f"site_range={[first, last]} is not within the sites 0 to {self.num_sites - 1}")
         self.first_site, self.last_site = first, last
-        self.prompter = prompter(self.streams()) if prompter is not None and any(self.prompted) else None
+        self.prompter: PMoE | None = None
+        if prompter is not None and any(self.prompted):
+            self.prompter = prompter(self.streams())
         self.decoder = decoder(
             widths=[e.level_widths for e in experts],
             in_channels=in_channels,
@@ -125,21 +127,27 @@ class ExpertSegmenter(nn.Module):
         self.caches = [FeatureCache(0 if live else cache_bytes) for live in self.live]
 
     @property
+    def encoders(self) -> list[Expert]:
+        """The experts, as what they are."""
+        return cast(list[Expert], list(self.experts))
+
+    @property
     def live(self) -> list[bool]:
         """Whether each expert's features depend on anything that trains."""
         return [p or a for p, a in zip(self.prompted, self.adapted, strict=True)]
 
     def streams(self) -> list[Stream]:
         """What the prompter is told of the experts: only the sites that have prompts."""
+        first, last = self.first_site, self.last_site + 1
         return [
             Stream(
                 expert.name or f"expert{k}",
-                tuple(expert.widths[run.start] for run in self.sites[k][self.first_site : self.last_site + 1] if prompted),
+                tuple(expert.widths[run.start] for run in self.sites[k][first:last] if prompted),
                 expert.patch,
                 prompted,
                 expert.level_widths[-1],
             )
-            for k, (expert, prompted) in enumerate(zip(self.experts, self.prompted, strict=True))
+            for k, (expert, prompted) in enumerate(zip(self.encoders, self.prompted, strict=True))
         ]
 
     def forward(self, image: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ class ExpertSegmenter(nn.Module):
                 f"the network takes {self.in_channels} channel(s) but the image has {image.shape[1]}: "
                 f"build it with in_channels={image.shape[1]}"
             )
-        patch = max(expert.patch for expert in self.experts)
+        patch = max(expert.patch for expert in self.encoders)
         if min(image.shape[2:4]) < patch:
             raise ConfigError(
                 f"the image is {image.shape[2]} x {image.shape[3]} pixels, smaller than one patch ({patch} x {patch}) "
@@ -206,7 +214,7 @@ class ExpertSegmenter(nn.Module):
 
         def encode(one: Tensor) -> list[Tensor]:
             with autocast(self.precision, one.device):
-                return [m.half() for m in self.experts[k](one)]
+                return [m.half() for m in self.encoders[k](one)]
 
         if image.is_cuda and not self.caches[k].max_bytes:
             return [m.float() for m in encode(image)]
@@ -220,16 +228,16 @@ class ExpertSegmenter(nn.Module):
         seen = list(context)
         with autocast(self.precision, image.device):
             for k in live:
-                states[k] = self.experts[k].embed(self.experts[k].view(image))
+                states[k] = self.encoders[k].embed(self.encoders[k].view(image))
             for site in range(self.num_sites):
                 for k in live:
                     if self.sites[k][site]:
-                        states[k] = self.experts[k].enter(self.sites[k][site].start, states[k])
+                        states[k] = self.encoders[k].enter(self.sites[k][site].start, states[k])
                 prompts = self.prompts_at(site, states, seen)
                 for k in live:
                     states[k], passed = self.run_site(k, site, states[k], prompts[k], outputs[k])
                     seen[k] = passed if self.prompted[k] else seen[k]
-            return [self.experts[k].maps(outputs[k]) if k in live else [] for k in range(len(self.experts))]
+            return [self.encoders[k].maps(outputs[k]) if k in live else [] for k in range(len(self.experts))]
 
     def prompts_at(self, site: int, states: dict[int, Tokens], seen: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The prompts that enter ``site``, or ``None`` for each expert that has none there."""
@@ -247,7 +255,7 @@ class ExpertSegmenter(nn.Module):
 
         Prompts pass on from layer to layer within a site, as long as the width stays the same.
         """
-        expert, layers = self.experts[k], self.sites[k][site]
+        expert, layers = self.encoders[k], self.sites[k][site]
         reads = self.prompter is not None and self.prompter.needs_outputs
         seen = None
         for index in layers:
@@ -267,7 +275,7 @@ class ExpertSegmenter(nn.Module):
     @property
     def recording(self) -> bool:
         """Whether the routers keep their weights of the last forward pass."""
-        return self.prompter is not None and bool(getattr(self.prompter, "recording", False))
+        return self.prompter is not None and self.prompter.recording
 
     @recording.setter
     def recording(self, flag: bool) -> None:

@@ -24,7 +24,7 @@ class LoRA:
         ConfigError: for a negative rank or when no layer bears a target's name.
     """
 
-    def __init__(self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
+    def __init__(self, rank: int = 8, alpha: int | None = None, targets: Sequence[str] | None = None) -> None:
         if rank < 0:
             raise ConfigError(f"lora_rank={rank}: the rank is a positive number, or 0 for no LoRA")
         self.rank, self.alpha, self.targets = rank, alpha, targets
@@ -35,7 +35,8 @@ class LoRA:
             return False
         from peft import LoraConfig, inject_adapter_in_model
 
-        targets = list(self.targets or getattr(expert, "adapter_targets", ("qkv",)))
+        own: Sequence[str] = getattr(expert, "adapter_targets", ("qkv",))
+        targets = list(self.targets or own)
         linear = {name.rpartition(".")[2] for name, part in expert.named_modules() if isinstance(part, nn.Linear)}
         missing = [target for target in targets if target.rpartition(".")[2] not in linear]
         if missing:

@@ -25,7 +25,12 @@ def small_vit(depth: int = 4, width: int = 32, patch: int = 8, image_size: int =
 def small_tiny_vit(image_size: int = 32, name: str = "tiny") -> TinyViTExpert:
     """TinyViT with the structure of LiteMedSAM's, a few channels wide."""
     expert = TinyViTExpert(
-        image_size, widths=(8, 16, 24, 32), depths=(1, 1, 2, 1), heads=(1, 2, 3, 4), windows=(7, 7, 14, 7), neck_width=12
+        image_size,
+        widths=(8, 16, 24, 32),
+        depths=(1, 1, 2, 1),
+        heads=(1, 2, 3, 4),
+        windows=(7, 7, 14, 7),
+        neck_width=12,
     )
     with torch.no_grad():
         for part in expert.parameters():

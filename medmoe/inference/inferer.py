@@ -1,0 +1,96 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Windows over images of any size, through MONAI's sliding window."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import SlidingWindowInferer
+
+from medmoe.errors import ConfigError
+from medmoe.progress import Progress
+
+
+class WindowInferer(SlidingWindowInferer):
+    """MONAI's sliding window whose window never exceeds the image, so that nothing is padded.
+
+    An image that fits into one window is given to the network as it is: the result is the network's own, bit for bit.
+    See :func:`sliding_window` for the arguments.
+    """
+
+    def __init__(self, roi_size: Sequence[int], overlap: Sequence[float], sw_batch_size: int, description: str) -> None:
+        super().__init__(tuple(roi_size), sw_batch_size, tuple(overlap), mode="gaussian")
+        self.description = description
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Logits (B, K, H, W[, D]) of ``inputs`` (B, C, H, W[, D])."""
+        size = tuple(inputs.shape[2:])
+        if len(size) != len(self.roi_size):
+            raise ConfigError(
+                f"The image is {len(size)}-D {size}, but the window has {len(self.roi_size)} numbers: "
+                f"{tuple(self.roi_size)}. Set spatial_dims and roi_size to fit the data."
+            )
+        window = tuple(min(r, s) if r > 0 else s for r, s in zip(self.roi_size, size, strict=True))
+        if window == size:
+            return network(inputs, *args, **kwargs)
+        clipped = copy.copy(self)  # a window of this image's own; the inferer itself may serve several threads
+        clipped.roi_size = window
+        run = super(WindowInferer, clipped).__call__
+        if not self.description:
+            return run(inputs, network, *args, **kwargs)
+        windows = len(inputs) * window_count(size, window, self.overlap)
+        with Progress(self.description, windows) as progress:
+
+            def reporting(batch: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+                output = network(batch, *more, **named)
+                progress.advance(len(batch))
+                return output
+
+            return run(inputs, reporting, *args, **kwargs)
+
+
+def window_count(size: Sequence[int], window: Sequence[int], overlap: Sequence[float]) -> int:
+    """How many windows MONAI lays over an image of ``size``; no window may exceed it."""
+    steps = (s if w == s else max(int(w * (1 - o)), 1) for s, w, o in zip(size, window, overlap, strict=True))
+    return math.prod(math.ceil((s - w) / step) + 1 for s, w, step in zip(size, window, steps, strict=True))
+
+
+def sliding_window(
+    roi_size: int | Sequence[int],
+    spatial_dims: int,
+    overlap: float | Sequence[float] = 0.25,
+    sw_batch_size: int = 4,
+    progress: bool | str = False,
+) -> WindowInferer:
+    """The inferer for validation, evaluation and prediction.
+
+    Args:
+        roi_size: window in voxels, one number for all axes or one each; -1 takes an axis whole.
+        spatial_dims: 2 or 3.
+        overlap: of neighboring windows as a fraction of the window, in [0, 1).
+        sw_batch_size: windows that the network sees at once.
+        progress: shows the progress over the windows of each image; a text describes it.
+
+    Raises:
+        ConfigError: a value is out of range, or there is not one for each axis.
+    """
+    roi = [roi_size] * spatial_dims if isinstance(roi_size, int) else list(roi_size)
+    overlaps = [overlap] * spatial_dims if isinstance(overlap, (int, float)) else list(overlap)
+    problems = []
+    if len(roi) != spatial_dims or any(r == 0 or r < -1 for r in roi):
+        problems.append(f"roi_size is {roi}: expected {spatial_dims} positive numbers, or -1 for a whole axis")
+    if len(overlaps) != spatial_dims or not all(0 <= o < 1 for o in overlaps):
+        problems.append(f"overlap is {overlaps}: expected {spatial_dims} numbers from 0 to below 1")
+    if sw_batch_size < 1:
+        problems.append(f"sw_batch_size is {sw_batch_size}: expected at least 1")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+    return WindowInferer(roi, overlaps, sw_batch_size, progress if isinstance(progress, str) else "windows" * progress)

@@ -1,0 +1,123 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Prediction with a checkpoint, through the same bundle that ``monai.bundle run`` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from medmoe.data.datalist import some
+from medmoe.errors import CheckpointError, ConfigError
+from medmoe.inference.inputs import find_inputs, first_file
+from medmoe.inference.writer import check_output, mask_path
+from medmoe.training.checkpoint import read_metadata
+from medmoe.training.excepthook import find_error
+
+BUNDLES = ("pmoe_seg.json", "inference.json")
+CODE = ("$", "@", "%")  # what MONAI evaluates, looks up or includes
+LOCAL = {"dataset_dir", "output_dir", "tracking_uri", "experiment", "run_name", "resume", "num_workers"}
+
+
+def bundle_file(name: str) -> Path:
+    """A file of the bundle: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        ConfigError: it is in neither.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "bundles" / name, package.parent / "bundles" / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(f"The bundle's {name} is missing (looked for {' and '.join(map(str, places))}). Install again.")
+
+
+def predict(
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    overlay: bool = False,
+    **overrides: Any,
+) -> list[Path]:
+    """Writes a mask for every input.
+
+    Args:
+        input: see :func:`medmoe.inference.inputs.find_inputs`.
+        output: folder for the masks, see :mod:`medmoe.inference.writer`.
+        checkpoint: of a training run. The bundle runs with the settings that it holds, but for those that
+            ``inference.json`` itself makes.
+        overlay: for pictures, also writes the picture with the classes in color over it.
+        overrides: further settings of the bundle, which win over those of the checkpoint.
+
+    Returns:
+        the masks, by the order of their cases.
+
+    Raises:
+        DataError: there is nothing to predict, the output folder is not fit for it, or some inputs could not be
+            predicted: the masks of the others are there by then.
+        CheckpointError: the checkpoint is missing, damaged, or holds settings that are no plain values.
+    """
+    metadata = read_metadata(checkpoint)
+    training, inference = (json.loads(bundle_file(name).read_text(encoding="utf-8")) for name in BUNDLES)
+    own = {name: value for name, value in training.items() if name not in inference}
+    settings = checkpoint_settings(metadata.settings, own, checkpoint)
+    inputs = find_inputs(input, {**settings, **overrides}.get("in_channels", 1))
+    sources = {item["case"]: first_file(item) for item in inputs}
+    check_output(Path(output), sources, overlay)
+    paths = {"input": input, "output": output, "output_dir": output, "checkpoint": checkpoint}
+    places = {name: str(Path(path).absolute()) for name, path in paths.items()}
+    try:
+        run_bundle({**settings, **overrides, **places, "overlay": overlay})
+    except Exception as error:  # MONAI wraps what is raised in an expression
+        ours = find_error(error)
+        if ours is None or ours is error:
+            raise
+        raise ours from error
+    return [mask_path(Path(output), case, source) for case, source in sources.items()]
+
+
+def run_bundle(overrides: Mapping[str, Any]) -> None:
+    """Runs the inference bundle in this process."""
+    workflow = ConfigWorkflow([str(bundle_file(name)) for name in BUNDLES], workflow_type="infer", **overrides)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+
+
+def checkpoint_settings(
+    saved: Mapping[str, Any], config: Mapping[str, Any], checkpoint: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """The settings of a checkpoint that override those of the bundle: plain values in place of plain values.
+
+    A bundle's strings can be code. A checkpoint may come from anybody, so none of its values may be anything that MONAI
+    would evaluate; nor does it decide about files and folders here.
+
+    Raises:
+        CheckpointError: a value is an expression, a reference, an inclusion or a component.
+    """
+    chosen = {name: saved[name] for name in saved if name in config and name not in LOCAL and is_plain(config[name])}
+    code = [name for name, value in chosen.items() if not is_plain(value)]
+    if code:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} holds settings that are no plain values: {some(code)}. medmoe writes no such "
+            "checkpoint; do not trust this file."
+        )
+    return chosen
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value of a bundle is only a value, whatever MONAI does with it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and not key.startswith("_") and is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    if isinstance(value, str):
+        return not value.lstrip().startswith(CODE)
+    return value is None or isinstance(value, (bool, int, float))

@@ -1,0 +1,223 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the top-level settings of the bundle may be. A value comes from a command line, where typing errors are easy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from medmoe.data.datalist import SPLITS
+from medmoe.decoders.fusion import FUSIONS
+from medmoe.errors import ExpertError
+from medmoe.experts import catalog
+from medmoe.moe.pmoe import DISPATCHES, EXCHANGES, FORMS
+from medmoe.networks.precision import PRECISIONS
+
+Rule = Callable[[Any], str]
+"""Gives "" for a value that will do, and what was expected otherwise."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """``"Did you mean x?"`` for the candidate that is most like ``name``, or "" where none is."""
+    close = difflib.get_close_matches(name, sorted(set(candidates)), n=1)
+    return f"Did you mean {close[0]}?" if close else ""
+
+
+def number(least: float | None = None, above: float | None = None, below: float = math.inf) -> Rule:
+    """A finite number: at least ``least``, above ``above``, below ``below``."""
+    bounds = {"of at least": least, "above": above, "below": None if below == math.inf else below}
+    expected = " ".join(["a number", *(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)])
+
+    def rule(value: Any) -> str:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < below
+        good = good and (least is None or value >= least) and (above is None or value > above)
+        return "" if good else expected
+
+    return rule
+
+
+def whole(least: int) -> Rule:
+    """A whole number of at least ``least``."""
+
+    def rule(value: Any) -> str:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return "" if good else f"a whole number of at least {least}"
+
+    return rule
+
+
+def one_of(*allowed: Any) -> Rule:
+    """One of a few names or numbers."""
+    names = [str(item) for item in allowed]
+
+    def rule(value: Any) -> str:
+        # True == 1, so a flag given without its value would pass for a number.
+        if value in allowed and not isinstance(value, bool):
+            return ""
+        return f"one of {', '.join(names)}. {nearest(str(value), names)}".strip()
+
+    return rule
+
+
+def truth(value: Any) -> str:
+    """True or False. The command line turns ``true`` into a string, and every string counts as true."""
+    return "" if isinstance(value, bool) else "True or False, with a capital letter"
+
+
+def text(value: Any) -> str:
+    """A string that is not empty."""
+    return "" if isinstance(value, (str, os.PathLike)) and str(value).strip() else "a name or path"
+
+
+def string(value: Any) -> str:
+    """A string, which may be empty."""
+    return "" if isinstance(value, str) else "a name (or '' for none)"
+
+
+def optional(rule: Rule) -> Rule:
+    """``None``, or what ``rule`` wants."""
+    return lambda value: "" if value is None else rule(value)
+
+
+def each(rule: Rule) -> Rule:
+    """One value or a list of them, one for an axis."""
+
+    def check(value: Any) -> str:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        wanted = next((expected for item in items if (expected := rule(item))), "")
+        return wanted and f"{wanted}, or a list with one for each axis"
+
+    return check
+
+
+def intensity(value: Any) -> str:
+    """How intensities come to lie in [0, 1]: by name, or as a window."""
+    if isinstance(value, (list, tuple)):
+        good = len(value) == 2 and not any(map(number(), value)) and value[0] < value[1]
+        return "" if good else "a window of two numbers, the lower first"
+    expected = one_of("percentile", "unit")(value)
+    return expected and f"a window [low, high] or {expected}"
+
+
+def expert(value: Any) -> str:
+    """A name of the catalog, or ``timm/`` and the name of a model, or "" for none."""
+    if value == "" or text(value) or str(value).startswith("timm/"):
+        return "" if value == "" else text(value)
+    try:
+        catalog.entry(str(value))
+    except ExpertError as error:
+        return f"an expert, but {error}"
+    return ""
+
+
+def names(value: Any) -> str:
+    """A list of different strings."""
+    good = isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
+    good = good and len(set(value)) == len(value)
+    return "" if good else "a list of different names, such as \"['background','polyp']\""
+
+
+def span(value: Any) -> str:
+    """The first and the last of a range, counted from 0."""
+    good = (
+        isinstance(value, (list, tuple)) and len(value) == 2 and not any(map(whole(0), value)) and value[0] <= value[1]
+    )
+    return "" if good else "a first and a last number, such as [4, 11]"
+
+
+def axis(value: Any) -> str:
+    """A size along an axis: a positive whole number, or -1 for as large as the image is."""
+    return "" if value == -1 or not whole(1)(value) else "a whole number of at least 1 (or -1: as large as the image)"
+
+
+RULES: Mapping[str, Rule] = {
+    "seed": whole(0),
+    "dataset_dir": text,
+    "output_dir": text,
+    "spatial_dims": one_of(2, 3),
+    "in_channels": whole(1),
+    "num_classes": whole(2),
+    "class_names": names,
+    "num_labelled": whole(0),
+    "num_validation": whole(0),
+    "num_test": whole(0),
+    "split_seed": whole(0),
+    "label_threshold": optional(number()),
+    "intensity": intensity,
+    "augment": one_of("flips", "none", "strong"),
+    "spacing": optional(each(number(above=0))),
+    "roi_size": each(axis),
+    "batch_size": whole(1),
+    "max_epochs": whole(1),
+    "steps_per_epoch": whole(0),
+    "val_interval": whole(1),
+    "lr": number(above=0),
+    "prompt_lr": number(above=0),
+    "weight_decay": number(least=0),
+    "warmup": whole(0),
+    "accumulate": whole(1),
+    "resume": truth,
+    "num_workers": whole(0),
+    "general": optional(expert),
+    "medical": optional(expert),
+    "general_size": optional(whole(1)),
+    "medical_size": optional(whole(1)),
+    "general_weights": optional(text),
+    "medical_weights": optional(text),
+    "prompt_general": truth,
+    "prompt_medical": truth,
+    "general_lora": whole(0),
+    "medical_lora": whole(0),
+    "neighbours": truth,
+    "site_range": optional(span),
+    "decoder_channels": whole(1),
+    "cache_gib": number(least=0),
+    "feature_cache_gib": number(least=0),
+    "overlap": number(least=0, below=1),
+    "clip": number(least=0),
+    "tracking_uri": string,
+    "experiment": text,
+    "run_name": string,
+    "num_prompts": whole(0),
+    "dispatch": one_of(*DISPATCHES),
+    "form": one_of(*FORMS),
+    "exchange": one_of(*EXCHANGES),
+    "fusion": one_of(*FUSIONS),
+    "precision": one_of(*PRECISIONS),
+    "checkpoint": optional(text),
+    "input": optional(text),
+    "split": one_of(*SPLITS),
+}
+
+PER_AXIS = ("roi_size", "spacing")
+
+
+def problems(settings: Mapping[str, Any]) -> list[str]:
+    """One line for every setting that is out of range or contradicts another; settings without a rule pass."""
+    wrong = {name: rule(settings[name]) for name, rule in RULES.items() if name in settings and rule(settings[name])}
+    found = [f"{name}: found {settings[name]!r}, expected {expected}" for name, expected in wrong.items()]
+    return found + contradictions({name: value for name, value in settings.items() if name not in wrong})
+
+
+def contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """One line for every setting that is good by itself but does not fit another."""
+    found = []
+    dims = settings.get("spatial_dims")
+    for name in PER_AXIS:
+        value = settings.get(name)
+        if dims and isinstance(value, Sequence) and len(value) != dims:
+            found.append(f"{name}: found {list(value)}, expected {dims} values, because spatial_dims is {dims}")
+    if not any(settings.get(name, True) for name in ("general", "medical")):
+        found.append("general and medical: found neither, expected at least one expert")
+    classes, called = settings.get("num_classes"), settings.get("class_names")
+    if classes and called and len(called) != classes:
+        found.append(
+            f"class_names: found {list(called)}, expected {classes} names, because num_classes is {classes} "
+            "(the background is a class and comes first)"
+        )
+    return found

@@ -1,0 +1,65 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Encodes the images of a training run once, before it starts, for experts that nothing changes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ignite.engine import Events
+from monai.engines import Trainer
+
+from medmoe.networks import ExpertSegmenter
+from medmoe.progress import Progress
+from medmoe.training.loss import plain
+
+logger = logging.getLogger(__name__)
+
+
+class FillFeatureCache:
+    """Goes through the samples of all epochs before the first step and fills the network's feature caches.
+
+    The samples of a run follow from its seed, so that what is encoded here is what training will ask for. It stops
+    where an epoch brought nothing that was seen before: such an augmentation has no finite set of images to keep.
+
+    Args:
+        network: whose caches are filled; where it has none, nothing happens.
+    """
+
+    def __init__(self, network: ExpertSegmenter) -> None:
+        self.network = network
+
+    def attach(self, trainer: Trainer) -> None:
+        """Registers with ``trainer``, whose loader's sampler must have ``set_epoch``."""
+        trainer.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, trainer: Trainer) -> None:
+        caches = [(k, cache) for k, cache in enumerate(self.network.caches) if cache.max_bytes]
+        loader: Any = trainer.data_loader
+        first, last = trainer.state.epoch + 1, trainer.state.max_epochs
+        if not caches or last is None:
+            return
+        names = ", ".join(self.network.encoders[k].name for k, _ in caches)
+        with Progress(f"encoding images with {names}", len(loader) * (last - first + 1)) as progress:
+            for epoch in range(first, last + 1):
+                loader.sampler.set_epoch(epoch)
+                before = [cache.hits for _, cache in caches]
+                for batch in loader:
+                    image = plain(batch["image"]).to(trainer.state.device)
+                    for k, _ in caches:
+                        self.network.frozen_maps(k, self.network.fold(image))
+                    progress.advance(note=f"{caches[0][1].misses} images")
+                if epoch > first and [cache.hits for _, cache in caches] == before:
+                    logger.warning("no image occurs twice under this augmentation: features are not cached")
+                    self.switch_off()
+                    return
+                if all(cache.full for _, cache in caches):
+                    return
+
+    def switch_off(self) -> None:
+        """Keeps nothing from now on."""
+        for cache in self.network.caches:
+            cache.max_bytes = 0
+            cache.clear()

@@ -1,0 +1,115 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Windows over images in 2-D and 3-D."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+
+from medmoe.errors import ConfigError
+from medmoe.inference.inferer import sliding_window, window_count
+
+
+class Counting(torch.nn.Module):
+    """A network that looks around each voxel, and keeps the shapes of what it was shown."""
+
+    def __init__(self, spatial_dims: int) -> None:
+        super().__init__()
+        convolution = torch.nn.Conv2d if spatial_dims == 2 else torch.nn.Conv3d
+        self.convolution = convolution(1, 3, 3, padding=1)
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(image.shape))
+        return self.convolution(image)
+
+
+@pytest.mark.parametrize(("size", "roi"), [((40, 33), (16, 20)), ((20, 17, 23), (8, 16, 9))])
+@torch.no_grad()
+def test_equals_monai_where_the_image_is_larger(size: tuple[int, ...], roi: tuple[int, ...]) -> None:
+    network, image = Counting(len(size)), torch.rand(2, 1, *size)
+    expected = SlidingWindowInferer(roi, 4, 0.25, mode="gaussian")(image, network)
+    torch.testing.assert_close(sliding_window(roi, len(size))(image, network), expected)
+
+
+@torch.no_grad()
+def test_a_voxelwise_network_is_not_changed() -> None:
+    image = torch.rand(1, 1, 30, 31, 29)
+    result = sliding_window(12, 3)(image, lambda x: torch.cat([x, 2 * x], 1))
+    torch.testing.assert_close(result, torch.cat([image, 2 * image], 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(24, 17), (9, 12, 14)])
+@torch.no_grad()
+def test_small_image_is_seen_whole_and_unpadded(size: tuple[int, ...]) -> None:
+    network, image = Counting(len(size)), torch.rand(1, 1, *size)
+    result = sliding_window(32, len(size))(image, network)
+    assert network.seen == [tuple(image.shape)]
+    assert torch.equal(result, network(image))
+
+
+@torch.no_grad()
+def test_window_is_clipped_along_short_axes_alone() -> None:
+    network = Counting(3)
+    sliding_window((32, 32, 8), 3, sw_batch_size=2)(torch.rand(1, 1, 20, 40, 30), network)
+    assert {shape[2:] for shape in network.seen} == {(20, 32, 8)}
+    network = Counting(3)
+    sliding_window((-1, -1, 8), 3)(torch.rand(1, 1, 20, 40, 30), network)
+    assert {shape[2:] for shape in network.seen} == {(20, 40, 8)}
+
+
+@torch.no_grad()
+def test_window_count_is_monais() -> None:
+    for _ in range(20):
+        size = torch.randint(10, 40, (3,)).tolist()
+        roi = [min(r, s) for r, s in zip(torch.randint(4, 12, (3,)).tolist(), size, strict=True)]
+        overlap = torch.rand(3).mul(0.8).tolist()
+        network = Counting(3)
+        SlidingWindowInferer(roi, 1, overlap)(torch.rand(1, 1, *size), network)
+        assert window_count(size, roi, overlap) == len(network.seen)
+
+
+@torch.no_grad()
+def test_progress_counts_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmoe.inference import inferer
+
+    bars = []
+
+    class Spy(inferer.Progress):
+        def __exit__(self, *error: object) -> None:
+            bars.append((self.description, self.done, self.total))
+
+    monkeypatch.setattr(inferer, "Progress", Spy)
+    sliding_window(8, 2, progress=True)(torch.rand(2, 1, 20, 21), Counting(2))
+    sliding_window(8, 2, sw_batch_size=5, progress="looking")(torch.rand(1, 1, 20, 21), Counting(2))
+    assert bars == [("windows", 24, 24), ("looking", 12, 12)]
+
+
+@torch.no_grad()
+def test_metadata_survive() -> None:
+    affine = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0], dtype=torch.float64))
+    image = MetaTensor(torch.rand(1, 1, 20, 20, 20), affine=affine)
+    assert torch.equal(sliding_window(8, 3)(image, lambda x: x).affine, affine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"roi_size": (8, 8)}, "expected 3 positive numbers"),
+        ({"roi_size": 0}, "positive"),
+        ({"roi_size": 8, "overlap": 1.0}, "below 1"),
+        ({"roi_size": 8, "sw_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_settings_out_of_range(arguments: dict, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        sliding_window(spatial_dims=3, **arguments)
+
+
+def test_image_of_other_dimension() -> None:
+    with pytest.raises(ConfigError, match=r"2-D .* 3 numbers"):
+        sliding_window(8, 3)(torch.rand(1, 1, 20, 20), Counting(2))

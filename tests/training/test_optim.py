@@ -1,0 +1,85 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from training.toy import ToyNetwork, batch_of
+
+from medmoe.errors import ConfigError, MedMoEError
+from medmoe.training.optim import optimizer, parameter_counts, parameter_groups, schedule
+
+
+def test_groups_hold_every_trainable_parameter_once_and_no_frozen_one() -> None:
+    network = ToyNetwork()
+    groups = {group["name"]: group for group in parameter_groups(network, 1e-3, 1e-2, 0.05)}
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+    assert set(groups) == {"prompts", "adapters", "decoder", "decoder_undecayed"}
+    assert {name: group["lr"] for name, group in groups.items() if group["lr"] != 1e-3} == {"prompts": 1e-2}
+    decayed = {name for name, group in groups.items() if group["weight_decay"]}
+    assert decayed == {"adapters", "decoder"}
+    assert all(p.ndim >= 2 for name in decayed for p in groups[name]["params"])
+    assert all(p.ndim < 2 for p in groups["decoder_undecayed"]["params"])
+
+
+def test_counts_add_up() -> None:
+    network = ToyNetwork()
+    counts = parameter_counts(network)
+    assert counts["prompts"] == 2 * 6 + 6 * 6 + 6 and counts["adapters"] == 2 * 2 * 6 * 2
+    assert counts["trainable"] == counts["prompts"] + counts["adapters"] + counts["decoder"]
+    assert counts["total"] == counts["trainable"] + 2 * (6 + 6 + 12)
+
+
+def test_schedule_warms_up_and_falls_after_every_optimizer_step_without_warnings() -> None:
+    network = ToyNetwork()
+    optim = optimizer(network, lr=0.1, prompt_lr=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = schedule(optim, warmup=4, total=20)
+        rates = []
+        for _ in range(20):
+            rates.append([group["lr"] for group in optim.param_groups])
+            network(batch_of(0, 0)[0]).mean().backward()
+            optim.step()
+    assert scheduler.last_epoch == 20
+    first = [rate[0] for rate in rates]
+    assert optim.param_groups[0]["name"] == "adapters" and rates[4][1] == pytest.approx(2 * first[4])
+    assert first[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert first[4:] == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 16)) for i in range(16)])
+
+
+def test_gradients_are_clipped_before_the_step() -> None:
+    layer = nn.Module()
+    layer.decoder = nn.Linear(3, 1)  # type: ignore[assignment]
+    optim = optimizer(layer, clip=0.5)
+    layer.decoder(100 * torch.rand(4, 3)).sum().backward()
+    optim.step()
+    norm = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm()
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bad: float) -> None:
+    network = ToyNetwork()
+    optim = optimizer(network)
+    network(batch_of(0, 0)[0]).mean().backward()
+    network.prompter.prompts.grad[0, 0] = bad
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    with pytest.raises(MedMoEError, match=f"gradient became {bad}.*--lr"):
+        optim.step()
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+def test_settings_out_of_range_are_errors() -> None:
+    with pytest.raises(ConfigError, match="nothing in the network trains"):
+        optimizer(ToyNetwork().requires_grad_(False))
+    with pytest.raises(ConfigError, match=r"lr \(-1\)"):
+        optimizer(ToyNetwork(), lr=-1)
+    with pytest.raises(ConfigError, match=r"warmup \(5\).*steps \(5\)"):
+        schedule(optimizer(ToyNetwork()), 5, 5)
