@@ -5,9 +5,9 @@
 
     python benchmarks/few_label_grid.py --dataset_dir kvasir_seg --output docs/benchmarks/kvasir_32
 
-Each cell trains 100 steps of batch 4 on 32 images that its seed draws from the training split, and is judged once, after
-the last step, on the validation split. Cells that have a result are skipped, so that a killed grid goes on. Control:
-the probabilities of two separately tuned networks, averaged.
+Each cell trains 100 steps of batch 4 on 32 images that its seed draws from the training split, and is judged once,
+after the last step, on the validation split. Cells that have a result are skipped, so that a killed grid goes on.
+Control: the probabilities of two separately tuned networks, averaged.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results, a JSON a cell, and report.md")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_labelled", type=int, default=32)
     parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these")
@@ -195,7 +197,9 @@ def run_grid(arguments: argparse.Namespace) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
         with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, **threads}, check=False).returncode
+            code = subprocess.run(
+                command, stdout=file, stderr=file, env={**os.environ, **threads}, check=False
+            ).returncode
         print(f"{cell[0]}, seed {cell[1]}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -4,7 +4,7 @@
 """Datalists and splits, reading with checks, transforms there and back, and reproducible batches."""
 
 from medmoe.data.check import Report, check_cases
-from medmoe.data.datalist import Case, cases_of, class_names, datalists, load_cases, split_cases, write_split
+from medmoe.data.datalist import Case, cases_of, class_names, datalists, load_cases, split_cases, split_of, write_split
 from medmoe.data.dataset import CaseDataset, EpochSampler, loader
 from medmoe.data.transforms import augmentation, evaluation_preprocessing, postprocessing, preprocessing
 
@@ -24,5 +24,6 @@ __all__ = [
     "postprocessing",
     "preprocessing",
     "split_cases",
+    "split_of",
     "write_split",
 ]

@@ -289,7 +289,7 @@ def datalists(
     Args:
         output_dir: where ``splits.json`` is written; ``None`` writes nothing.
         split_file: a split file of an earlier run, which then decides alone. It may be missing: evaluation names the
-            one of the training run, and falls back to the data set's own splits.
+            one of the training run, and falls back to the splits that the other arguments give, with a warning.
 
     See :func:`split_cases` for the others.
     """
@@ -299,6 +299,8 @@ def datalists(
         splits = {split: [case for case in cases if case["split"] == split] for split in SPLITS}
         splits = {split: chosen for split, chosen in splits.items() if chosen}
     else:
+        if split_file is not None:
+            logger.warning("There is no %s: the splits are drawn anew. Are they those of training?", split_file)
         splits = split_cases(cases, seed, num_labelled, fractions, num_validation, num_test, split_seed)
     logger.info("%s: %s", dataset_dir, ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items()))
     if output_dir is not None:
@@ -312,12 +314,17 @@ def cases_of(splits: Mapping[str, list[Case]], split: str) -> list[Case]:
     Raises:
         DataError: there is no such split.
     """
-    if split == "test" and not splits.get("test") and splits.get("validation"):
-        logger.warning("The data have no test cases: the %d validation cases are used.", len(splits["validation"]))
-        return splits["validation"]
-    if not splits.get(split):
+    found = split_of(splits, split)
+    if found != split:
+        logger.warning("The data have no %s cases: the %d %s cases are used.", split, len(splits[found]), found)
+    if not splits.get(found):
         raise DataError(f"There are no cases in split {split!r}, but in {some([s for s in splits if splits[s]])}.")
-    return splits[split]
+    return splits[found]
+
+
+def split_of(splits: Mapping[str, list[Case]], split: str) -> str:
+    """The split that :func:`cases_of` takes the cases from."""
+    return "validation" if split == "test" and not splits.get("test") and splits.get("validation") else split
 
 
 def class_names(dataset_dir: str | os.PathLike[str], num_classes: int, names: Sequence[str] = ()) -> list[str]:

@@ -196,20 +196,23 @@ def header_findings(header: Any) -> tuple[list[str], list[str]]:
 class CheckImaged(MapTransform):
     """Refuses images that cannot be processed: wrong dimensions or channels, a broken affine, NaN or infinite voxels.
 
+    Args:
+        trained: whether a checkpoint decides about dimensions and channels, and not the user any more.
+
     Raises:
         DataError: dimensions, channels or voxels are wrong.
         GeometryError: the affine is not finite or singular.
     """
 
-    def __init__(self, keys: KeysCollection, spatial_dims: int, in_channels: int) -> None:
+    def __init__(self, keys: KeysCollection, spatial_dims: int, in_channels: int, trained: bool = False) -> None:
         super().__init__(keys)
-        self.spatial_dims, self.in_channels = spatial_dims, in_channels
+        self.spatial_dims, self.in_channels, self.trained = spatial_dims, in_channels, trained
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
             image: MetaTensor = data[key]
             name = image.meta.get("filename_or_obj", key)
-            problem = shape_problem(tuple(image.shape), self.spatial_dims, self.in_channels)
+            problem = shape_problem(tuple(image.shape), self.spatial_dims, self.in_channels, self.trained)
             if problem:
                 raise DataError(f"{name}: {problem}")
             problem = affine_problem(image.affine)
@@ -220,9 +223,16 @@ class CheckImaged(MapTransform):
         return dict(data)
 
 
-def shape_problem(shape: tuple[int, ...], spatial_dims: int, in_channels: int) -> str:
-    """What keeps an image of shape (C, H, W[, D]) from being used, and the setting that would fit; or nothing."""
+def shape_problem(shape: tuple[int, ...], spatial_dims: int, in_channels: int, trained: bool = False) -> str:
+    """What keeps an image of shape (C, H, W[, D]) from being used, or nothing.
+
+    It names the setting that would fit; with ``trained`` there is none, the checkpoint takes no other images.
+    """
     dims = len(shape) - 1
+    if trained and dims != spatial_dims:
+        return f"it is {dims}-D {shape[1:]}, but the checkpoint was trained on {spatial_dims}-D images"
+    if trained and shape[0] != in_channels:
+        return f"it has {shape[0]} channels, but the checkpoint was trained on images with {in_channels}"
     if dims != spatial_dims:
         advice = f"pass --spatial_dims {dims}" if dims in (2, 3) else "only 2-D and 3-D images can be used"
         return f"it is {dims}-D {shape[1:]}, but spatial_dims is {spatial_dims}: {advice}"
@@ -331,7 +341,8 @@ def _steps(
         raise ConfigError(f"spacing is {list(spacing)}: expected {spatial_dims} numbers, in millimeters.")
     if spacing is not None and spatial_dims == 2:
         raise ConfigError("spacing is for volumes: pictures carry no millimeters. Leave it at null.")
-    chain: list[MapTransform] = [LoadImageBySuffixd(loaded), CheckImaged("image", spatial_dims, in_channels)]
+    check = CheckImaged("image", spatial_dims, in_channels, trained="label" not in loaded)
+    chain: list[MapTransform] = [LoadImageBySuffixd(loaded), check]
     if spatial_dims == 3:
         chain.append(Orientationd(moved, axcodes="RAS", labels=None))
     if spacing is not None:

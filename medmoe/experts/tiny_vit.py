@@ -226,6 +226,8 @@ class TinyViTExpert(Expert):
         ends = [sum(depths[1 : i + 1]) - 1 for i in (1, 2, 3)]
         self.levels = tuple(ends)
         self.level_widths = (widths[1], widths[2], neck_width)
+        # Twice as fast as the default layout with bfloat16 convolutions on CPUs, level in float32.
+        self.to(memory_format=torch.channels_last)
         self.freeze()
 
     def view(self, image: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ class TinyViTExpert(Expert):
         return F.pad(image, (0, -size[1] % self.stride, 0, -size[0] % self.stride))
 
     def embed(self, view: Tensor) -> Tokens:
-        x = self.patch_embed.seq(view)
+        x = self.patch_embed.seq(view.contiguous(memory_format=torch.channels_last))
         for block in self.layers[0].blocks:
             x = block(x)
         return self.merge(0, x)

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -49,15 +50,23 @@ NETWORK_SETTINGS = (
     "medical",
     "general_size",
     "medical_size",
+    "prompt_general",
+    "prompt_medical",
+    "general_lora",
+    "medical_lora",
+    "neighbours",
     "num_prompts",
     "dispatch",
     "form",
     "exchange",
-    "lora_rank",
+    "site_range",
     "fusion",
+    "decoder_channels",
     "intensity",
     "spacing",
 )
+WORTH_COPYING = ("label_threshold", "roi_size")
+"""Settings that may differ from the checkpoint's, but hardly on purpose where others that must not do."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +254,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: where the file is damaged, or belongs to other experts, classes or settings; it lists all
-            differences and the overrides that remove them.
+            differences and gives the overrides that remove them.
     """
     tensors, metadata, _ = read_checkpoint(path)
     put_tensors(path, network, tensors, metadata, settings)
@@ -263,7 +272,7 @@ def put_tensors(
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(RESERVED)}
     own = trained_tensors(network)
     problems = setting_problems(metadata, settings or {}) + expert_problems(metadata, network)
-    problems += tensor_problems(trained, own)
+    problems = problems or tensor_problems(trained, own)
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit this network:\n  " + "\n  ".join(problems))
     with torch.no_grad():
@@ -272,13 +281,24 @@ def put_tensors(
 
 
 def setting_problems(metadata: Metadata, settings: Mapping[str, Any]) -> list[str]:
-    """Settings that shape the network, or what it sees, and differ; each with the override to pass."""
+    """Settings that shape the network, or what it sees, and differ; and the overrides to pass, in one line."""
     here, saved = literals(settings), metadata.settings
-    return [
-        f'{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint: pass --{name} "{saved[name]}"'
-        for name in NETWORK_SETTINGS
-        if name in here and name in saved and here[name] != saved[name]
-    ]
+
+    def different(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in here and name in saved and here[name] != saved[name]]
+
+    wrong = different(NETWORK_SETTINGS)
+    if not wrong:
+        return []
+    lines = [f"{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint" for name in wrong]
+    overrides = " ".join(override(name, saved[name]) for name in [*wrong, *different(WORTH_COPYING)])
+    return [*lines, f"pass {overrides}"]
+
+
+def override(name: str, value: Any) -> str:
+    """``--name value`` as the command line of MONAI's bundles takes it, quoted for the shell."""
+    text = "$None" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+    return f"--{name} {shlex.quote(text)}"
 
 
 def expert_problems(metadata: Metadata, network: nn.Module) -> list[str]:

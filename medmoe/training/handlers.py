@@ -273,7 +273,8 @@ class MetricsLog:
 
     One JSON object a line: ``epoch`` (0 is before training), ``iteration``, ``loss`` (mean of the epoch), ``losses``
     (of its steps), ``lr`` by optimizer group, ``metrics`` (validation), ``routing``, ``seconds`` of training so far,
-    ``time`` (of the clock, seconds since 1970), ``memory`` (peak, GiB). A number that is not finite is null. A resumed run drops the rows of epochs that it repeats.
+    ``time`` (of the clock, seconds since 1970), ``memory`` (peak, GiB). A number that is not finite is null. A resumed
+    run drops the rows of epochs that it repeats.
 
     Args:
         output_dir: where the file is written.

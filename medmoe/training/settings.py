@@ -191,6 +191,7 @@ RULES: Mapping[str, Rule] = {
     "precision": one_of(*PRECISIONS),
     "checkpoint": optional(text),
     "input": optional(text),
+    "overlay": truth,
     "split": one_of(*SPLITS),
 }
 

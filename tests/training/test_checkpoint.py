@@ -11,6 +11,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from medmoe.errors import CheckpointError, ConfigError
 from medmoe.training.checkpoint import (
     BEST,
     LAST,
+    NETWORK_SETTINGS,
     CheckpointHandler,
     Metadata,
     load_checkpoint,
@@ -87,17 +90,21 @@ def test_same_name_with_other_weights_is_an_error(tmp_path: Path) -> None:
 
 
 def test_differences_are_listed_with_the_overrides_that_remove_them(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "lora_rank": 4, "num_classes": 5}
+    settings = {**SETTINGS, "general_lora": 4, "num_classes": 5, "spacing": [1.0, 1.0], "roi_size": 32}
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(saved(tmp_path), ToyNetwork(rank=4, num_classes=5), settings)
+        path = saved(tmp_path, spacing=None, roi_size=[64, 64])
+        load_checkpoint(path, ToyNetwork(rank=4, num_classes=5), settings)
     text = str(caught.value)
-    assert 'lora_rank is 4 here and 2 in the checkpoint: pass --lora_rank "2"' in text
-    assert 'num_classes is 5 here and 3 in the checkpoint: pass --num_classes "3"' in text
-    assert "decoder.2.weight has shape (3, 6, 1, 1) in the checkpoint, (5, 6, 1, 1) in this network" in text
+    assert "general_lora is 4 here and 2 in the checkpoint" in text
+    assert "num_classes is 5 here and 3 in the checkpoint" in text
+    last = text.splitlines()[-1].strip()
+    assert last == "pass --num_classes 3 --general_lora 2 --spacing '$None' --roi_size '[64, 64]'"
+    with pytest.raises(CheckpointError, match=r"decoder.2.weight has shape \(3, 6, 1, 1\) .*, \(5, 6, 1, 1\) in this"):
+        load_checkpoint(path, ToyNetwork(num_classes=5))
 
 
 def test_a_setting_that_changes_no_shape_is_still_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match='pass --fusion "late"'):
+    with pytest.raises(CheckpointError, match="pass --fusion late"):
         load_checkpoint(saved(tmp_path), ToyNetwork(), {**SETTINGS, "fusion": "gated"})
 
 
@@ -300,3 +307,14 @@ def test_a_folder_that_cannot_be_renamed_or_resumed_is_an_error(
     (tmp_path / ".partial-killed.safetensors").touch()
     assert prepare_output_dir(tmp_path, resume=True) == tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST, "run.json"]
+
+
+def test_the_settings_that_are_compared_exist() -> None:
+    from medmoe.training.settings import RULES
+
+    assert set(NETWORK_SETTINGS) <= set(RULES)
+
+
+def test_checkpoints_are_read_without_importing_monai() -> None:
+    code = "import sys, medmoe.training.checkpoint; sys.exit('monai' in sys.modules or 'mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

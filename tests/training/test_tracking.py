@@ -88,7 +88,9 @@ def check_finished(uri: str, tracker: Tracker, folder: Path, epochs: int) -> Non
     """All that a finished run must have in MLflow."""
     client, run = run_of(uri, tracker)
     assert run.info.status == "FINISHED" and run.info.run_name.startswith(f"{tracker.experiment}-2")
-    assert run.data.params["lora_rank"] == "2" and run.data.params["class_names"] == '["background", "gray", "white"]'
+    assert (
+        run.data.params["general_lora"] == "2" and run.data.params["class_names"] == '["background", "gray", "white"]'
+    )
     rows = read_rows(folder)
     history = client.get_metric_history(tracker.run_id, "val_mean_dice")
     assert {m.step: m.value for m in history} == {row["epoch"]: row["metrics"]["val_mean_dice"] for row in rows}

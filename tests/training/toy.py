@@ -23,7 +23,7 @@ SETTINGS = {
     "spatial_dims": 2,
     "in_channels": 1,
     "class_names": ["background", "gray", "white"],
-    "lora_rank": 2,
+    "general_lora": 2,
     "fusion": "late",
     "lr": 0.01,
 }
