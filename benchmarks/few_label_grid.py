@@ -162,9 +162,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_labelled", type=int, default=32)
     parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these")

@@ -17,7 +17,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``target`` that takes its place when the block ends well.
 
     The file is fsynced before it is renamed and the folder after, so that a crash, a full disk or a power cut leaves
-    either the old file or the new one. When the block raises, the temporary file is removed and ``target`` is as it was.
+    either the old file or the new one. When the block raises, the temporary file is removed, ``target`` is as it was.
     The temporary name keeps the suffixes of ``target``, because many writers choose the format by them.
     """
     target = Path(target)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,15 @@ def predict(
 
 
 def run_bundle(overrides: Mapping[str, Any]) -> None:
-    """Runs the inference bundle in this process."""
-    workflow = ConfigWorkflow([str(bundle_file(name)) for name in BUNDLES], workflow_type="infer", **overrides)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
+    """Runs the inference bundle in this process, whose logging and ``sys.excepthook`` stay as they are."""
+    files, hook = [str(bundle_file(name)) for name in BUNDLES], sys.excepthook
+    try:
+        workflow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, **overrides)
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+    finally:
+        sys.excepthook = hook
 
 
 def checkpoint_settings(

@@ -62,6 +62,7 @@ class SaveMask:
     def attach(self, engine: Engine) -> None:
         """Registers with a MONAI evaluator."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def __call__(self, engine: Engine) -> None:
         """Writes the masks of a batch, and the list of masks after each of them."""
@@ -72,6 +73,11 @@ class SaveMask:
             except OSError as error:
                 reason = error.strerror or error
                 raise DataError(f"The mask of {item['case']} cannot be written to {self.output}: {reason}.") from error
+
+    def finish(self, engine: Engine) -> None:
+        """Says where the masks are."""
+        number = len(self.sources) - len(self.dataset.failures)
+        logger.info("%d mask%s in %s", number, "" if number == 1 else "s", self.output)
 
     def save(self, case: str, prediction: MetaTensor) -> None:
         """Writes the mask of one case, (1, H, W[, D]), and lists it."""

@@ -232,6 +232,36 @@ class Tracker:
         self.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
 
 
+def add_to_run(
+    output_dir: str | os.PathLike[str],
+    uri: str,
+    metrics: Mapping[str, float],
+    files: Sequence[Path] = (),
+    folder: str | None = None,
+) -> None:
+    """Adds metrics and files to the MLflow run of the training in ``output_dir``, where it has one at ``uri``.
+
+    Whatever goes wrong with MLflow is a warning.
+
+    Args:
+        folder: of the artifacts, where the files go.
+    """
+    try:
+        path = Path(output_dir) / "mlflow.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if uri and path.exists() else {}
+        if known.get("tracking_uri") != redact(uri):
+            return
+        from mlflow.entities import Metric
+
+        client, now = connect(uri), int(time.time() * 1000)
+        client.log_batch(known["run_id"], metrics=[Metric(*pair, now, 0) for pair in metrics.items()])
+        for file in files:
+            client.log_artifact(known["run_id"], str(file), folder)
+    except Exception as error:
+        reason = redact(str(error).split("\n")[0][:300])
+        logger.warning("MLflow at %s did not take %s metrics (%s).", redact(uri), len(metrics), reason)
+
+
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """``items`` in runs of at most ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -212,10 +212,14 @@ def test_bad_images_are_refused_by_name(
     ):
         with pytest.raises(kind, match=f"{name}.*{message}"):
             apply(forth, {"image": str(tmp_path / name)})
-    with pytest.raises(DataError, match=r"it is 3-D .* pass --spatial_dims 3"):
-        apply(preprocessing(2, 1, with_label=False), {"image": case["image"]})
-    with pytest.raises(DataError, match="pass --in_channels 1"):
-        apply(preprocessing(3, 3, with_label=False), {"image": case["image"]})
+    for with_label, dims, channels in (
+        (True, "pass --spatial_dims 3", "pass --in_channels 1"),
+        (False, "the checkpoint was trained on 2-D images", "the checkpoint was trained on images with 3"),
+    ):
+        with pytest.raises(DataError, match=rf"it is 3-D .*{dims}"):
+            apply(preprocessing(2, 1, with_label=with_label), case)
+        with pytest.raises(DataError, match=rf"it has 1 channels.*{channels}"):
+            apply(preprocessing(3, 3, with_label=with_label), case)
 
 
 @pytest.mark.parametrize(

@@ -243,11 +243,11 @@ def test_nothing_fits(tmp_path: Path) -> None:
     write_nifti(tmp_path / "in/a.nii.gz", values, np.eye(4))
     (tmp_path / "pictures").mkdir()
     Image.fromarray(values[0]).save(tmp_path / "pictures/b.png")
-    with pytest.raises(DataError, match=r"3-D .*spatial_dims is 2"):
+    with pytest.raises(DataError, match=r"3-D .*checkpoint was trained on 2-D"):
         predict(tmp_path / "in", tmp_path / "out", checkpoint(tmp_path, spatial_dims=2, in_channels=1))
-    with pytest.raises(DataError, match=r"2-D .*spatial_dims is 3"):
+    with pytest.raises(DataError, match=r"2-D .*checkpoint was trained on 3-D"):
         predict(tmp_path / "pictures", tmp_path / "out", volume(tmp_path))
-    with pytest.raises(DataError, match=r"1 channels, but in_channels is 3"):
+    with pytest.raises(DataError, match=r"1 channels, but the checkpoint was trained on images with 3"):
         predict(tmp_path / "pictures", tmp_path / "out", checkpoint(tmp_path, spatial_dims=2, in_channels=3))
     assert not list(tmp_path.glob("out/*.png")) and not list(tmp_path.glob("out/*.gz"))
 
