@@ -39,11 +39,12 @@ def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear" if x.dim() == 4 else "trilinear", align_corners=False)
 
 
-def common_grid(maps: Sequence[Sequence[Tensor]], image: Sequence[int], limit: int = 64) -> tuple[int, int]:
-    """In-plane grid where all maps meet: the finest of them, at most half the image's and at most ``limit`` a side."""
-    sizes = [(m.shape[-2], m.shape[-1]) for levels in maps for m in levels]
-    finest = [max(size[axis] for size in sizes) for axis in (0, 1)]
-    rows, columns = (max(1, min(finest[axis], -(-image[axis] // 2), limit)) for axis in (0, 1))
+def common_grid(image: Sequence[int], limit: int = 64) -> tuple[int, int]:
+    """In-plane grid where all maps meet: half the image's, and at most ``limit`` a side.
+
+    It does not depend on the experts, so that one with coarse maps is decoded as finely as one with fine maps.
+    """
+    rows, columns = (max(1, min(-(-side // 2), limit)) for side in image)
     return rows, columns
 
 
@@ -138,7 +139,7 @@ class FusionDecoder(nn.Module):
             maps: of each expert, each level (B, C, h, w); in 3-D (B * D, C, h, w), the slices of an image in a row.
             image: (B, C, H, W) or (B, C, H, W, D).
         """
-        grid = common_grid(maps, image.shape[2:4])
+        grid = common_grid(image.shape[2:4])
         features = [self.unfold(levels(each, grid), image) for levels, each in zip(self.levels, maps, strict=True)]
         if self.fusion == "late":
             parts = [head(x, image) for head, x in zip(self.heads, features, strict=True)]

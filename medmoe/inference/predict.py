@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -86,13 +87,18 @@ def predict(
 
 def run_bundle(overrides: Mapping[str, Any]) -> None:
     """Runs the inference bundle in this process, whose logging and ``sys.excepthook`` stay as they are."""
-    files, hook = [str(bundle_file(name)) for name in BUNDLES], sys.excepthook
+    files = [str(bundle_file(name)) for name in BUNDLES]
+    remarks, hook = logging.getLogger("monai.bundle.workflows"), sys.excepthook
+    level = remarks.level
     try:
+        remarks.setLevel(logging.ERROR)  # it warns of what is meant so: that logging stays as it is
         workflow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, **overrides)
+        remarks.setLevel(level)
         workflow.initialize()
         workflow.run()
         workflow.finalize()
     finally:
+        remarks.setLevel(level)
         sys.excepthook = hook
 
 

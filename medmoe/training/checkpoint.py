@@ -271,7 +271,7 @@ def put_tensors(
     """Checks the checkpoint against ``network`` and copies its trained tensors; see :func:`load_checkpoint`."""
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(RESERVED)}
     own = trained_tensors(network)
-    problems = setting_problems(metadata, settings or {}) + expert_problems(metadata, network)
+    problems = expert_problems(metadata, network) + setting_problems(metadata, settings or {})
     problems = problems or tensor_problems(trained, own)
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit this network:\n  " + "\n  ".join(problems))
@@ -281,13 +281,17 @@ def put_tensors(
 
 
 def setting_problems(metadata: Metadata, settings: Mapping[str, Any]) -> list[str]:
-    """Settings that shape the network, or what it sees, and differ; and the overrides to pass, in one line."""
+    """Settings that shape the network, or what it sees, and differ; and the overrides to pass, in one line.
+
+    The seed is among them where an expert's weights are random.
+    """
     here, saved = literals(settings), metadata.settings
 
     def different(names: Iterable[str]) -> list[str]:
         return [name for name in names if name in here and name in saved and here[name] != saved[name]]
 
-    wrong = different(NETWORK_SETTINGS)
+    drawn = "random" in (here.get("general_weights"), here.get("medical_weights"))
+    wrong = different((*NETWORK_SETTINGS, "seed") if drawn else NETWORK_SETTINGS)
     if not wrong:
         return []
     lines = [f"{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint" for name in wrong]
