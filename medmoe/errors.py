@@ -1,7 +1,14 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The error tree. A message says what was found, what was expected, where, and what to do about it."""
+"""The error tree, and what messages are made of.
+
+A message says what was found, what was expected, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class MedMoEError(Exception):
@@ -26,3 +33,21 @@ class GeometryError(DataError):
 
 class CheckpointError(MedMoEError):
     """A checkpoint that is damaged, or belongs to another network or other experts."""
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """``value`` of the argument ``name`` where it is allowed; a ConfigError that lists what is, otherwise."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
+    return value
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """A few of the names, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

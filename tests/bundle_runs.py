@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,20 @@ def make(*files: Path, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
     return ConfigWorkflow(names, logging_file=False, workflow_type=kind, **overrides)
 
 
-def run(*files: Path, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
-    """Runs a bundle from beginning to end. Errors that it meets are raised as they are."""
+def run(
+    *files: Path, kind: str = "train", before_run: Callable[[ConfigWorkflow], None] | None = None, **overrides: Any
+) -> ConfigWorkflow:
+    """Runs a bundle from beginning to end; ``before_run`` gets at its parts once they are built.
+
+    Errors that a user can put right are raised as they are, not as MONAI wraps them.
+    """
     workflow = make(*files, kind=kind, **overrides)
     hook = sys.excepthook
     try:
         workflow.initialize()
         assert workflow.check_properties() == []
+        if before_run is not None:
+            before_run(workflow)
         workflow.run()
         workflow.finalize()
     except Exception as error:
@@ -121,7 +129,9 @@ def write_pictures(folder: Path, training: int = 3, validation: int = 2) -> Path
         for index in range(number):
             rows, columns = (int(size) for size in generator.integers(36, 60, 2))
             y, x = np.mgrid[:rows, :columns]
-            mask = (y - rows * generator.uniform(0.3, 0.7)) ** 2 + (x - columns * generator.uniform(0.3, 0.7)) ** 2 < 144
+            mask = (y - rows * generator.uniform(0.3, 0.7)) ** 2 + (
+                x - columns * generator.uniform(0.3, 0.7)
+            ) ** 2 < 144
             picture = generator.normal(80, 10, (rows, columns, 3)) + mask[..., None] * (120, 40, 0)
             for kind, array in (("images", picture.clip(0, 255)), ("masks", mask * 255)):
                 path = folder / split / kind / f"{split}{index}.png"

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, Case, suffix_of
 from medmoe.data.datalist import class_names as names_of_classes
-from medmoe.data.transforms import SAME_PLACE, distance_in_voxels, header_findings, one_line, reader_for, shape_problem
-from medmoe.errors import ConfigError, DataError
+from medmoe.data.transforms import SAME_PLACE, distance_in_voxels, header_findings, reader_for, shape_problem
+from medmoe.errors import ConfigError, DataError, one_line
 from medmoe.progress import Progress
 
 logger = logging.getLogger(__name__)

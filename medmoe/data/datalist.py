@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from medmoe.errors import DataError
+from medmoe.errors import DataError, some
 from medmoe.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,6 @@ def stem_of(path: str | os.PathLike[str]) -> str:
 def _image_files(folder: Path) -> list[Path]:
     """The image files of a folder in the order of their names. Hidden files (such as macOS's ``._*``) are left out."""
     return [p for p in sorted(folder.iterdir()) if suffix_of(p) and not p.name.startswith(".")]
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """A few of the names, and how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_cases(dataset_dir: str | os.PathLike[str]) -> list[Case]:

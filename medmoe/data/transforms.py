@@ -44,7 +44,7 @@ from PIL import Image
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
 from medmoe.data.series import SeriesReader, holds_series
-from medmoe.errors import ConfigError, DataError, GeometryError, MedMoEError
+from medmoe.errors import ConfigError, DataError, GeometryError, MedMoEError, one_line
 
 AUGMENTATIONS = ("none", "flips", "strong")
 
@@ -150,11 +150,6 @@ def load(files: str | Sequence[str], label: bool = False) -> MetaTensor:
         raise
     except Exception as error:  # readers raise whatever their libraries do
         raise DataError(f"{paths[0]} cannot be read: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def affine_problem(affine: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmoe.errors import ConfigError
+from medmoe.errors import ConfigError, one_of
 
 FUSIONS = ("concat", "gated", "late")
 
@@ -118,8 +118,7 @@ class FusionDecoder(nn.Module):
         stem: int = 8,
     ) -> None:
         super().__init__()
-        if fusion not in FUSIONS:
-            raise ConfigError(f"fusion={fusion!r} is not known: choose one of {', '.join(FUSIONS)}")
+        one_of("fusion", fusion, FUSIONS)
         if spatial_dims not in (2, 3):
             raise ConfigError(f"spatial_dims={spatial_dims}: 2 or 3 is expected")
         self.spatial_dims = spatial_dims

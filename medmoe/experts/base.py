@@ -143,6 +143,16 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
 
+def whole_patches(image: Tensor, longest: int, patch: int) -> tuple[int, int]:
+    """The size (h, w) of a view: longest side ``longest``, the other in proportion, both rounded to whole patches.
+
+    Patches thus tile the image exactly, which the decoder relies on: it lays the maps over the whole image.
+    """
+    scale = longest / max(image.shape[-2:])
+    height, width = (max(1, round(side * scale / patch)) for side in image.shape[-2:])
+    return height * patch, width * patch
+
+
 def with_prompts(prompts: Tensor, batch: int) -> Tensor:
     """Prompts as (B, P, D), from (P, D) or (B, P, D)."""
     return prompts.expand(batch, -1, -1) if prompts.dim() == 2 else prompts

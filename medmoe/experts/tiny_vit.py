@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmoe.experts.base import Expert, Tokens, resize, three_channels, with_prompts
+from medmoe.experts.base import Expert, Tokens, resize, three_channels, whole_patches, with_prompts
 
 
 def fold_batch_norms(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class TinyViTExpert(Expert):
     """TinyViT as a sequence of promptable layers: the transformer blocks of stages 1 to 3.
 
     The view is what SAM's family was trained on: longest side ``image_size``, each image stretched to [0, 1], no mean
-    and standard deviation, zeros below and to the right up to whole strides.
+    and standard deviation. It is not padded to a square: sides are rounded to whole patches instead.
 
     Args:
         image_size: pixels of the longest side of the view.
@@ -201,8 +201,7 @@ class TinyViTExpert(Expert):
     ) -> None:
         super().__init__()
         self.image_size, self.channels = image_size, channels
-        self.stride = stem[1] ** 2 * math.prod(strides)
-        self.patch = self.stride
+        self.patch = stem[1] ** 2 * math.prod(strides)
         self.patch_embed: Any = nn.Module()
         self.patch_embed.seq = nn.Sequential(
             nn.Conv2d(3, widths[0] // 2, stem[0], stem[1], stem[0] // 2),
@@ -231,13 +230,9 @@ class TinyViTExpert(Expert):
         self.freeze()
 
     def view(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        scale = self.image_size / max(height, width)
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        image = resize(three_channels(image, self.channels), size)
+        image = resize(three_channels(image, self.channels), whole_patches(image, self.image_size, self.patch))
         low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
-        image = (image - low) / (high - low).clamp_min(1e-8)
-        return F.pad(image, (0, -size[1] % self.stride, 0, -size[0] % self.stride))
+        return (image - low) / (high - low).clamp_min(1e-8)
 
     def embed(self, view: Tensor) -> Tokens:
         x = self.patch_embed.seq(view.contiguous(memory_format=torch.channels_last))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medmoe.errors import ExpertError
-from medmoe.experts.base import Expert, Tokens, evenly, resize, three_channels, with_prompts
+from medmoe.experts.base import Expert, Tokens, evenly, resize, three_channels, whole_patches, with_prompts
 
 
 class ViTExpert(Expert):
@@ -61,10 +61,8 @@ class ViTExpert(Expert):
         self.freeze()
 
     def view(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        scale = self.image_size / max(height, width)
-        size = tuple(max(1, round(side * scale / self.patch)) * self.patch for side in (height, width))
-        return (resize(three_channels(image, self.channels), (size[0], size[1])) - self.mean) / self.std
+        size = whole_patches(image, self.image_size, self.patch)
+        return (resize(three_channels(image, self.channels), size) - self.mean) / self.std
 
     def embed(self, view: Tensor) -> Tokens:
         grid = (view.shape[-2] // self.patch, view.shape[-1] // self.patch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medmoe.errors import ExpertError
+from medmoe.errors import ExpertError, one_line, some
 from medmoe.experts.catalog import entry
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -47,6 +47,16 @@ def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
             f"{path} is damaged or another version: its sha256 is {found} ({Path(path).stat().st_size:,} bytes), "
             f"expected {expected}. Delete it and get it again."
         )
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over names, shapes and values of tensors on the CPU, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_weights(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
@@ -82,8 +92,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load meets a damaged file with whatever its parsers happen to raise
         raise ExpertError(
-            f"{path} cannot be read as plain tensors ({_first_line(error)}). Either it is damaged: get it again; or it "
-            "holds Python objects, which are refused because loading them can run code: ask for a safetensors file."
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {one_line(error)}). Either it is damaged:"
+            " get it again; or it holds Python objects, which are refused because loading them can run code: ask for a "
+            "safetensors file."
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -96,14 +107,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
 def _description(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"an object of type {type(content).__name__}"
-    return f"a mapping with the keys {_some(map(str, content))}" if content else "an empty mapping"
+    return f"a mapping with the keys {some([str(key) for key in content])}" if content else "an empty mapping"
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -123,7 +130,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     both = [name for name in expected if name in found]
     wrong = [f"{n} is {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]]
     problems = [
-        f"  {len(names)} {kind}: {_some(names)}"
+        f"  {len(names)} {kind}: {some(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
@@ -134,11 +141,6 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             + "\nCheck that the weights belong to this architecture and size."
         )
     module.load_state_dict(dict(tensors), strict=False)
-
-
-def _some(names: Iterable[str], limit: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
 
 
 def cache_dir() -> Path:

@@ -17,10 +17,12 @@ from monai.bundle import ConfigWorkflow
 
 from medmoe.data.datalist import some
 from medmoe.errors import CheckpointError, ConfigError
+from medmoe.experts.build import RANDOM
 from medmoe.inference.inputs import find_inputs, first_file
 from medmoe.inference.writer import check_output, mask_path
 from medmoe.training.checkpoint import read_metadata
 from medmoe.training.excepthook import find_error
+from medmoe.training.preflight import WEIGHTS
 
 BUNDLES = ("pmoe_seg.json", "inference.json")
 CODE = ("$", "@", "%")  # what MONAI evaluates, looks up or includes
@@ -108,7 +110,8 @@ def checkpoint_settings(
     """The settings of a checkpoint that override those of the bundle: plain values in place of plain values.
 
     A bundle's strings can be code. A checkpoint may come from anybody, so none of its values may be anything that MONAI
-    would evaluate; nor does it decide about files and folders here.
+    would evaluate; nor does it decide about folders here. An expert's weights file is left out where it does not exist,
+    as on another machine than that of training: the expert then comes from the cache.
 
     Raises:
         CheckpointError: a value is an expression, a reference, an inclusion or a component.
@@ -120,7 +123,12 @@ def checkpoint_settings(
             f"checkpoint {checkpoint} holds settings that are no plain values: {some(code)}. medmoe writes no such "
             "checkpoint; do not trust this file."
         )
-    return chosen
+    return {name: value for name, value in chosen.items() if name not in WEIGHTS or is_here(value)}
+
+
+def is_here(weights: Any) -> bool:
+    """Whether a setting of an expert's weights can be used on this machine."""
+    return not isinstance(weights, str) or weights == RANDOM or Path(weights).expanduser().is_file()
 
 
 def is_plain(value: Any) -> bool:

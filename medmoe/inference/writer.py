@@ -24,17 +24,18 @@ import numpy as np
 import numpy.typing as npt
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from PIL import Image
+from PIL import Image, ImageColor
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, some, suffix_of
 from medmoe.errors import DataError
 from medmoe.files import atomic_path, write_text
 from medmoe.inference.inputs import InputDataset, first_file
+from medmoe.training.pictures import color
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "predictions.json"
-COLORS = ((230, 60, 50), (60, 160, 230), (80, 200, 90), (240, 190, 40), (170, 90, 210), (40, 200, 190), (240, 120, 180))
 
 Mask = npt.NDArray[np.integer[Any]]
 
@@ -198,10 +199,13 @@ def save_nifti(image: Any, target: Path) -> None:
 
 
 def write_overlay(mask: Mask, source: Path, target: Path) -> None:
-    """Writes the picture ``source`` with the classes of ``mask`` (H, W) in color over it."""
+    """Writes the picture ``source`` with the classes of ``mask`` (H, W) in color over it, and their outlines."""
     with Image.open(source) as picture:
         values = np.asarray(picture.convert("RGB"), dtype=np.float64)
-    colors = np.asarray([(0, 0, 0), *COLORS])[np.where(mask > 0, (mask.astype(int) - 1) % len(COLORS) + 1, 0)]
-    blend = np.where(mask[..., None] > 0, 0.6 * values + 0.4 * colors, values)
+    classes = range(1, int(mask.max(initial=0)) + 1)
+    colors = np.asarray([(0, 0, 0), *(ImageColor.getrgb(color(index)) for index in classes)])[mask]
+    outline = minimum_filter(mask, 3) != maximum_filter(mask, 3)
+    opacity = np.where(mask > 0, np.where(outline, 1.0, 0.35), 0.0)[..., None]
+    blend = (1 - opacity) * values + opacity * colors
     with atomic_path(target) as temporary:
         Image.fromarray(blend.round().astype(np.uint8)).save(temporary, format="PNG")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmoe.errors import ConfigError
+from medmoe.errors import ConfigError, one_of
 from medmoe.moe.routing import RoutingRecord, normalized_entropy
 
 DISPATCHES = ("soft", "gate", "group", "topk", "attention", "none")
@@ -75,13 +75,6 @@ class Source(NamedTuple):
     expert: int
     tokens: Tensor
     slotwise: bool
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    """``value`` where it is allowed; a ConfigError that lists what is, otherwise."""
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
-    return value
 
 
 def pool_patches(patches: Tensor, limit: int) -> Tensor:
@@ -138,21 +131,20 @@ class Dispatcher(nn.Module):
             self.query = nn.Parameter(torch.empty(width, rank).normal_(std=0.05))
         self.alpha = nn.Parameter(torch.tensor(0.1)) if form == "residual" else None
 
-    def forward(self, sources: Sequence[Source], own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompts (B, P, D); the weights (B, M or G, P); and the index of the source of each of those candidates."""
+    def forward(self, sources: Sequence[Source], own: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Prompts (B, P, D); the weights (B, M or G, P); and how many of those candidates each source has."""
         if self.dispatch in ("gate", "group"):
             candidates = torch.stack([self.slots(source, own.shape[0]) for source in sources], 1)
             weights = self.weigh_slots(candidates)
             mixture = torch.einsum("bgp,bgpd->bpd", weights, candidates)
-            origin = torch.arange(len(sources), device=own.device)
+            counts = [1] * len(sources)
         else:
             tokens = torch.cat([source.tokens for source in sources], 1)
             weights = self.weigh_tokens(tokens, own)
             mixture = torch.einsum("bmp,bmd->bpd", weights, tokens)
-            counts = torch.tensor([source.tokens.shape[1] for source in sources], device=own.device)
-            origin = torch.arange(len(sources), device=own.device).repeat_interleave(counts)
+            counts = [source.tokens.shape[1] for source in sources]
         prompts = mixture if self.alpha is None else own + self.alpha * mixture
-        return prompts, weights, origin
+        return prompts, weights, counts
 
     def slots(self, source: Source, count: int) -> Tensor:
         """A source as one token for each slot, (B, P, D): its own, or its mean where it has none."""
@@ -218,7 +210,7 @@ class PMoE(nn.Module):
             raise ConfigError("no expert is prompted: prompt at least one, or leave the prompter out")
         self.streams, self.max_patches = tuple(streams), max_patches
         self.recording = False
-        self.last: dict[tuple[int, int], tuple[Tensor, Tensor, list[tuple[str, int]]]] = {}
+        self.last: dict[tuple[int, int], tuple[Tensor, list[int], list[tuple[str, int]]]] = {}
         self.prompts: Any = nn.ModuleList(
             nn.ParameterList([prompt_parameter(num_prompts, width, s.patch) for width in s.widths if s.prompted])
             for s in streams
@@ -284,10 +276,10 @@ class PMoE(nn.Module):
         if self.dispatch == "none":
             return own
         sources = self.sources(k, site, states)
-        prompts, weights, origin = self.dispatchers[k][site](sources, own)
+        prompts, weights, counts = self.dispatchers[k][site](sources, own)
         if self.recording:
             labels = [(source.kind, source.expert) for source in sources]
-            self.last[k, site] = (weights.detach().float(), origin, labels)
+            self.last[k, site] = (weights.detach().float(), counts, labels)
         return prompts
 
     def sources(self, k: int, site: int, states: Sequence[State]) -> list[Source]:
@@ -313,13 +305,14 @@ class PMoE(nn.Module):
     def routing(self) -> list[RoutingRecord]:
         """How each dispatcher spread its weights in the last forward pass; empty unless :attr:`recording` is set."""
         records = []
-        for (k, site), (weights, origin, labels) in sorted(self.last.items()):
+        for k, site in sorted(self.last):
+            weights, counts, labels = self.last[k, site]
             entropy = normalized_entropy(weights, 1).mean().item()
-            share = weights.mean((0, 2))
+            shares = weights.mean((0, 2)).split(counts)
             usage = {stream.name: 0.0 for stream in self.streams}
             sources: dict[str, float] = {}
-            for index, (kind, expert) in enumerate(labels):
-                part = share[origin == index].sum().item()
+            for (kind, expert), share in zip(labels, shares, strict=True):
+                part = share.sum().item()
                 usage[self.streams[expert].name] += part
                 sources[kind] = sources.get(kind, 0.0) + part
             records.append(RoutingRecord(self.streams[k].name, site, entropy, usage, sources))

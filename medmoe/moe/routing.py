@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def normalized_entropy(weights: Tensor, dim: int) -> Tensor:
     count = weights.shape[dim]
     if count < 2:
         return weights.new_zeros(weights.sum(dim).shape)
-    return torch.special.entr(weights).sum(dim) / torch.log(torch.tensor(float(count), device=weights.device))
+    return torch.special.entr(weights).sum(dim) / math.log(count)
 
 
 def flat_metrics(records: list[RoutingRecord]) -> dict[str, float]:

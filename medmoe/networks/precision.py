@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from medmoe.errors import ConfigError
+from medmoe.errors import one_of
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -21,8 +21,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
         precision: "bf16", "fp32", or "auto": bfloat16 where the processor multiplies matrices of it in hardware.
         device: of the tokens.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
+    one_of("precision", precision, PRECISIONS)
     enabled = precision == "bf16" or (precision == "auto" and fast_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

@@ -99,6 +99,11 @@ class ExpertSegmenter(nn.Module):
         super().__init__()
         if not experts:
             raise ConfigError("a network needs at least one expert")
+        if neighbours and (spatial_dims, in_channels) != (3, 1):
+            raise ConfigError(
+                "neighbours fills the three color channels with the slices of a volume: it needs spatial_dims=3 and "
+                f"in_channels=1, found spatial_dims={spatial_dims} and in_channels={in_channels}"
+            )
         self.num_classes, self.spatial_dims, self.in_channels = num_classes, spatial_dims, in_channels
         self.neighbours, self.precision = neighbours, precision
         self.experts = nn.ModuleList(experts)
@@ -160,7 +165,7 @@ class ExpertSegmenter(nn.Module):
 
     def parts(self, image: Tensor) -> Parts:
         """The logits together with what only training needs."""
-        image = as_plain(image)
+        image = plain(image)
         self.check(image)
         maps = self.features(self.fold(image))
         with torch.autocast(image.device.type, enabled=False):
@@ -192,7 +197,7 @@ class ExpertSegmenter(nn.Module):
         """(B, C, H, W, D) -> (B * D, C, H, W); 2-D images pass."""
         if self.spatial_dims == 2:
             return image
-        if self.neighbours and self.in_channels == 1:
+        if self.neighbours:
             before = torch.cat([image[..., :1], image[..., :-1]], -1)
             after = torch.cat([image[..., 1:], image[..., -1:]], -1)
             image = torch.cat([before, image, after], 1)
@@ -200,9 +205,16 @@ class ExpertSegmenter(nn.Module):
 
     def features(self, image: Tensor) -> list[list[Tensor]]:
         """Feature maps (N, C, h, w) of each expert and level, of images (N, C, H, W)."""
-        kept = [None if live else self.frozen_maps(k, image) for k, live in enumerate(self.live)]
-        maps = self.live_maps(image, [None if m is None else context_tokens(m[-1]) for m in kept])
-        return [live if found is None else found for live, found in zip(maps, kept, strict=True)]
+        alone = [None if p else self.maps_without_prompts(k, image) for k, p in enumerate(self.prompted)]
+        together = self.maps_with_prompts(image, [None if m is None else context_tokens(m[-1]) for m in alone])
+        return [together[k] if maps is None else maps for k, maps in enumerate(alone)]
+
+    def maps_without_prompts(self, k: int, image: Tensor) -> list[Tensor]:
+        """Maps of an expert that runs by itself, with gradients where it is adapted."""
+        if not self.adapted[k]:
+            return self.frozen_maps(k, image)
+        with autocast(self.precision, image.device):
+            return self.encoders[k](image)
 
     @torch.no_grad()
     def frozen_maps(self, k: int, image: Tensor) -> list[Tensor]:
@@ -220,24 +232,20 @@ class ExpertSegmenter(nn.Module):
             return [m.float() for m in encode(image)]
         return [m.float() for m in stack_maps([self.caches[k].get(one, encode) for one in image.split(1)])]
 
-    def live_maps(self, image: Tensor, context: list[Tensor | None]) -> list[list[Tensor]]:
-        """Maps of the prompted and adapted experts, which pass through their sites side by side."""
-        live = [k for k, flag in enumerate(self.live) if flag]
-        states: dict[int, Tokens] = {}
-        outputs: list[dict[int, Tokens]] = [{} for _ in self.experts]
+    def maps_with_prompts(self, image: Tensor, context: Sequence[Tensor | None]) -> dict[int, list[Tensor]]:
+        """Maps of the prompted experts, which pass through their sites side by side."""
+        live = [k for k, flag in enumerate(self.prompted) if flag]
+        outputs: dict[int, dict[int, Tokens]] = {k: {} for k in live}
         seen = list(context)
         with autocast(self.precision, image.device):
-            for k in live:
-                states[k] = self.encoders[k].embed(self.encoders[k].view(image))
+            states = {k: self.encoders[k].embed(self.encoders[k].view(image)) for k in live}
             for site in range(self.num_sites):
                 for k in live:
-                    if self.sites[k][site]:
-                        states[k] = self.encoders[k].enter(self.sites[k][site].start, states[k])
+                    states[k] = self.encoders[k].enter(self.sites[k][site].start, states[k])
                 prompts = self.prompts_at(site, states, seen)
                 for k in live:
-                    states[k], passed = self.run_site(k, site, states[k], prompts[k], outputs[k])
-                    seen[k] = passed if self.prompted[k] else seen[k]
-            return [self.encoders[k].maps(outputs[k]) if k in live else [] for k in range(len(self.experts))]
+                    states[k], seen[k] = self.run_site(k, site, states[k], prompts[k], outputs[k])
+            return {k: self.encoders[k].maps(outputs[k]) for k in live}
 
     def prompts_at(self, site: int, states: dict[int, Tokens], seen: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The prompts that enter ``site``, or ``None`` for each expert that has none there."""
@@ -293,10 +301,10 @@ class ExpertSegmenter(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
-def as_plain(image: Tensor) -> Tensor:
-    """A MONAI MetaTensor as the plain tensor that it holds."""
-    plain = getattr(image, "as_tensor", None)
-    return image if plain is None else plain()
+def plain(tensor: Tensor) -> Tensor:
+    """A MONAI MetaTensor as the plain tensor that it holds: its bookkeeping costs time in every operation."""
+    as_tensor = getattr(tensor, "as_tensor", None)
+    return tensor if as_tensor is None else as_tensor()
 
 
 def context_tokens(last: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ and metric), ``state`` for resuming, and ``checksum``, the sha256 over all tenso
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -34,7 +32,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import medmoe
 from medmoe.errors import CheckpointError, ConfigError
+from medmoe.experts.weights import checksum
 from medmoe.files import atomic_path
+from medmoe.training.mismatch import expert_problems, setting_problems, tensor_problems
 
 logger = logging.getLogger(__name__)
 
@@ -42,31 +42,6 @@ FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 RUN_FILES = (BEST, LAST, "run.json", "metrics.jsonl")
 RESERVED = ("optimizer.", "rng.")
-NETWORK_SETTINGS = (
-    "spatial_dims",
-    "in_channels",
-    "num_classes",
-    "general",
-    "medical",
-    "general_size",
-    "medical_size",
-    "prompt_general",
-    "prompt_medical",
-    "general_lora",
-    "medical_lora",
-    "neighbours",
-    "num_prompts",
-    "dispatch",
-    "form",
-    "exchange",
-    "site_range",
-    "fusion",
-    "decoder_channels",
-    "intensity",
-    "spacing",
-)
-WORTH_COPYING = ("label_threshold", "roi_size")
-"""Settings that may differ from the checkpoint's, but hardly on purpose where others that must not do."""
 
 
 @dataclass(frozen=True)
@@ -90,26 +65,6 @@ class Metadata:
     metric: float | None = None
     medmoe_version: str = medmoe.__version__
     format: int = FORMAT
-
-    @property
-    def num_classes(self) -> int:
-        """Channels of the logits, background included."""
-        return int(self.settings["num_classes"])
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of all classes, background first; empty where none were given."""
-        return list(self.settings.get("class_names") or [])
-
-    @property
-    def spatial_dims(self) -> int:
-        """2 or 3."""
-        return int(self.settings["spatial_dims"])
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the image."""
-        return int(self.settings["in_channels"])
 
 
 def literals(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,16 +91,6 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
         return tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.startswith("experts.")
 
     return {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if changes(name, tensor)}
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and bytes of CPU tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -271,66 +216,14 @@ def put_tensors(
     """Checks the checkpoint against ``network`` and copies its trained tensors; see :func:`load_checkpoint`."""
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(RESERVED)}
     own = trained_tensors(network)
-    problems = expert_problems(metadata, network) + setting_problems(metadata, settings or {})
+    problems = expert_problems(metadata.experts, expert_identities(network))
+    problems += setting_problems(metadata.settings, literals(settings or {}))
     problems = problems or tensor_problems(trained, own)
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit this network:\n  " + "\n  ".join(problems))
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-
-
-def setting_problems(metadata: Metadata, settings: Mapping[str, Any]) -> list[str]:
-    """Settings that shape the network, or what it sees, and differ; and the overrides to pass, in one line.
-
-    The seed is among them where an expert's weights are random.
-    """
-    here, saved = literals(settings), metadata.settings
-
-    def different(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in here and name in saved and here[name] != saved[name]]
-
-    drawn = "random" in (here.get("general_weights"), here.get("medical_weights"))
-    wrong = different((*NETWORK_SETTINGS, "seed") if drawn else NETWORK_SETTINGS)
-    if not wrong:
-        return []
-    lines = [f"{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint" for name in wrong]
-    overrides = " ".join(override(name, saved[name]) for name in [*wrong, *different(WORTH_COPYING)])
-    return [*lines, f"pass {overrides}"]
-
-
-def override(name: str, value: Any) -> str:
-    """``--name value`` as the command line of MONAI's bundles takes it, quoted for the shell."""
-    text = "$None" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
-    return f"--{name} {shlex.quote(text)}"
-
-
-def expert_problems(metadata: Metadata, network: nn.Module) -> list[str]:
-    """A line that names both lists of experts where they differ."""
-
-    def names(experts: list[dict[str, str]]) -> str:
-        return ", ".join(f"{expert['name']} (sha256 {expert['sha256'][:12]})" for expert in experts) or "none"
-
-    own = expert_identities(network)
-    key = [(expert["name"], expert["sha256"]) for expert in own]
-    if key == [(expert["name"], expert["sha256"]) for expert in metadata.experts]:
-        return []
-    return [f"it was trained with the experts {names(metadata.experts)}; this network has {names(own)}"]
-
-
-def tensor_problems(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], limit: int = 5) -> list[str]:
-    """Tensors that are missing, left over or of another shape; at most ``limit`` of each."""
-    missing = [f"{name} is not in the checkpoint" for name in own if name not in saved]
-    left = [f"{name} is in the checkpoint but not in this network" for name in saved if name not in own]
-    shapes = [
-        f"{name} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(own[name].shape)} in this network"
-        for name, tensor in saved.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    problems = []
-    for group in (missing, left, shapes):
-        problems += group[:limit] + ([f"... and {len(group) - limit} more like it"] if len(group) > limit else [])
-    return problems
 
 
 def names_in_order(network: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -9,15 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-
-def plain(tensor: Tensor) -> Tensor:
-    """``tensor`` without MONAI's metadata, whose bookkeeping costs time in every operation."""
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+from medmoe.networks.segmenter import plain
 
 
 class PartsInferer(Inferer):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import Events
 from monai.engines.workflow import Workflow
 
+from medmoe.errors import one_line
 from medmoe.files import write_text
 from medmoe.training.checkpoint import BEST
 from medmoe.training.handlers import MetricsLog, on_failure
@@ -138,12 +139,11 @@ class Tracker:
             action()
         except Exception as error:
             if not self.away:
-                reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
                 logger.warning(
                     "MLflow at %s cannot be reached or used (%s). Training goes on; all metrics are in %s and will be "
                     "sent if it comes back.",
                     redact(self.uri),
-                    redact(reason),
+                    redact(one_line(error))[:300],
                     self.folder / "metrics.jsonl",
                 )
             self.away = True
@@ -258,7 +258,7 @@ def add_to_run(
         for file in files:
             client.log_artifact(known["run_id"], str(file), folder)
     except Exception as error:
-        reason = redact(str(error).split("\n")[0][:300])
+        reason = redact(one_line(error))[:300]
         logger.warning("MLflow at %s did not take %s metrics (%s).", redact(uri), len(metrics), reason)
 
 

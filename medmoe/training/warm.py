@@ -6,23 +6,31 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from ignite.engine import Events
 from monai.engines import Trainer
 
-from medmoe.networks import ExpertSegmenter
+from medmoe.networks.segmenter import ExpertSegmenter, plain
 from medmoe.progress import Progress
-from medmoe.training.loss import plain
 
 logger = logging.getLogger(__name__)
+
+
+RETURNS = 24
+"""How often cases have to come back, without an image that is known, before it is held that none ever will.
+
+Of four flips, with which a case comes back as one that was seen at least every fourth time, that is one run in 1000.
+"""
 
 
 class FillFeatureCache:
     """Goes through the samples of all epochs before the first step and fills the network's feature caches.
 
     The samples of a run follow from its seed, so that what is encoded here is what training will ask for. It stops
-    where an epoch brought nothing that was seen before: such an augmentation has no finite set of images to keep.
+    where the caches are full, and where cases come back but never as an image that was seen before: such an
+    augmentation has no finite set of images to keep.
 
     Args:
         network: whose caches are filled; where it has none, nothing happens.
@@ -36,26 +44,30 @@ class FillFeatureCache:
         trainer.add_event_handler(Events.STARTED, self)
 
     def __call__(self, trainer: Trainer) -> None:
-        caches = [(k, cache) for k, cache in enumerate(self.network.caches) if cache.max_bytes]
+        caches = {k: cache for k, cache in enumerate(self.network.caches) if cache.max_bytes}
         loader: Any = trainer.data_loader
         first, last = trainer.state.epoch + 1, trainer.state.max_epochs
         if not caches or last is None:
             return
-        names = ", ".join(self.network.encoders[k].name for k, _ in caches)
+        names = ", ".join(self.network.encoders[k].name for k in caches)
+        hits = sum(cache.hits for cache in caches.values())
+        drawn: Counter[str] = Counter()
+        returns = 0
         with Progress(f"encoding images with {names}", len(loader) * (last - first + 1)) as progress:
             for epoch in range(first, last + 1):
                 loader.sampler.set_epoch(epoch)
-                before = [cache.hits for _, cache in caches]
                 for batch in loader:
-                    image = plain(batch["image"]).to(trainer.state.device)
-                    for k, _ in caches:
-                        self.network.frozen_maps(k, self.network.fold(image))
-                    progress.advance(note=f"{caches[0][1].misses} images")
-                if epoch > first and [cache.hits for _, cache in caches] == before:
+                    image = self.network.fold(plain(batch["image"]).to(trainer.state.device))
+                    for k in caches:
+                        self.network.frozen_maps(k, image)
+                    returns += sum(drawn[case] for case in batch["case"])
+                    drawn.update(batch["case"])
+                    progress.advance(note=f"{next(iter(caches.values())).misses} images")
+                if all(cache.full for cache in caches.values()):
+                    return
+                if returns >= RETURNS and sum(cache.hits for cache in caches.values()) == hits:
                     logger.warning("no image occurs twice under this augmentation: features are not cached")
                     self.switch_off()
-                    return
-                if all(cache.full for _, cache in caches):
                     return
 
     def switch_off(self) -> None:

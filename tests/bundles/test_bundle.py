@@ -1,144 +1,164 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The bundle as it is shipped, run in process on data of a few voxels with experts of random weights."""
+"""The bundle as it is shipped: its settings, and what stops it before it starts."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pytest
-from monai.bundle import ConfigWorkflow
+import torch
+from bundle_runs import (
+    BUNDLES,
+    EVALUATE,
+    INFERENCE,
+    ONE_EXPERT,
+    RANDOM,
+    ROOT,
+    TRAIN,
+    TWO_EXPERTS,
+    error_of,
+    make,
+    part,
+    run,
+    write_volumes,
+)
 
-from medmoe.errors import ConfigError, MedMoEError
-from medmoe.training.excepthook import find_error
+from medmoe.errors import ConfigError
 from medmoe.training.preflight import literal_settings
 from medmoe.training.settings import RULES
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
-TRAIN = ("pmoe_seg.json",)
-OVERLAYS = [path.name for path in sorted(BUNDLES.glob("*.json")) if path.name not in (*TRAIN, "metadata.json")]
-SMALL = {
-    "general_weights": "random",
-    "medical_weights": "random",
-    "general_size": 28,
-    "medical_size": 64,
-    "decoder_channels": 8,
-    "num_prompts": 2,
-    "general_lora": 2,
-    "roi_size": [32, 32, 4],
-    "max_epochs": 2,
-    "steps_per_epoch": 2,
-    "val_interval": 1,
-    "warmup": 1,
-    "tracking_uri": "",
-}
 
-Make = Callable[..., ConfigWorkflow]
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    """Four labelled volumes of 32 x 32 x 6 in the layout of the Medical Decathlon: a bright ball in a dim one."""
-    folder = tmp_path / "data"
-    entries = []
-    generator = np.random.default_rng(random.getrandbits(32))
-    for index in range(4):
-        center = generator.uniform(12, 20, 3) * (1, 1, 0.2)
-        axes = np.meshgrid(*(np.arange(size) for size in (32, 32, 6)), indexing="ij")
-        distance = sum((axis - middle) ** 2 for axis, middle in zip(axes, center, strict=True)) ** 0.5
-        label = (distance < 10).astype(np.uint8) + (distance < 5)
-        image = (label * 100 + generator.normal(50, 10, label.shape)).astype(np.float32)
-        entry = {"image": f"imagesTr/case{index}.nii.gz", "label": f"labelsTr/case{index}.nii.gz"}
-        for key, array in (("image", image), ("label", label)):
-            (folder / entry[key]).parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / entry[key])
-        entries.append(entry)
-    (folder / "dataset.json").write_text(json.dumps({"training": entries[:2], "validation": entries[2:]}))
-    return folder
-
-
-@pytest.fixture
-def make(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.chdir(tmp_path)
-
-    def workflow(*names: str, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
-        files = [str(BUNDLES / name) for name in names or TRAIN]
-        paths = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "run")}
-        return ConfigWorkflow(files, logging_file=False, workflow_type=kind, **{**SMALL, **paths, **overrides})
-
-    return workflow
-
-
-def error_of(workflow: ConfigWorkflow) -> MedMoEError:
-    with pytest.raises(RuntimeError) as caught:
-        workflow.initialize()
-    error = find_error(caught.value)
-    assert error is not None
-    return error
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_volumes(tmp_path_factory.mktemp("volumes"))
 
 
 def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
     settings = set()
-    for name in (*TRAIN, *OVERLAYS):
-        config = json.loads((BUNDLES / name).read_text())
+    for path in (TRAIN, EVALUATE, INFERENCE):
+        config = json.loads(path.read_text())
         settings |= {key for key, value in config.items() if key in RULES or not _is_built(value)}
     assert settings - {"bundle_root", "device"} == set(RULES)
 
 
 def _is_built(value: Any) -> bool:
-    return isinstance(value, dict) or str(value).startswith(("$", "@")) or "$" in str(value)
+    return any(sign in json.dumps(value) for sign in ('"$', '"@', "_target_"))
+
+
+def test_overlays_change_nothing_about_the_network() -> None:
+    """What an overlay leaves out it shares with the training, so that the two cannot drift apart."""
+    training = json.loads(TRAIN.read_text())
+    allowed = {"split", "splits", "feature_cache_gib", "initialize", "run"}
+    for path in (EVALUATE, INFERENCE):
+        assert set(json.loads(path.read_text())) & set(training) <= allowed
 
 
 def test_defaults_agree_with_the_metadata() -> None:
-    config = json.loads((BUNDLES / TRAIN[0]).read_text())
+    config = json.loads(TRAIN.read_text())
     tensors = json.loads((BUNDLES / "metadata.json").read_text())["network_data_format"]
     assert tensors["inputs"]["image"]["num_channels"] == config["in_channels"]
     assert tensors["outputs"]["pred"]["num_channels"] == config["num_classes"]
     assert len(tensors["outputs"]["pred"]["spatial_shape"]) == config["spatial_dims"]
 
 
+def test_the_network_gives_what_the_metadata_say() -> None:
+    """As the model zoo checks every bundle: one tensor, of the channels and type that are written down."""
+    from monai.bundle import verify_net_in_out
+
+    sizes = {"general_size": 28, "medical_size": 64, "decoder_channels": 8}
+    verify_net_in_out(
+        net_id="network_def",
+        config_file=str(TRAIN),
+        meta_file=str(BUNDLES / "metadata.json"),
+        device="cpu",
+        any=17,
+        **RANDOM,
+        **sizes,
+    )
+    network = part(make(**RANDOM, **sizes), "network_def")
+    assert network(torch.rand(2, 1, 19, 23, 3)).shape == (2, 3, 19, 23, 3)
+
+
 def test_no_paths_of_one_machine() -> None:
-    for path in BUNDLES.iterdir():
+    for path in [*BUNDLES.iterdir(), *(ROOT / "configs").rglob("*.json")]:
         assert not [word for word in ("/home/", "/root", "/work", "/tmp", "C:\\") if word in path.read_text()], path
 
 
-@pytest.mark.slow
-def test_trains_on_other_data_with_overrides_alone(make: Make, tmp_path: Path) -> None:
-    workflow = make()
-    workflow.initialize()
-    assert workflow.check_properties() == []
-    workflow.run()
-    workflow.finalize()
-    assert {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json", "splits.json"} <= {
-        path.name for path in (tmp_path / "run").iterdir()
-    }
+def test_labelled_cases_and_seed_are_overrides(tmp_path: Path) -> None:
+    data = write_volumes(tmp_path / "data", training=8)
+
+    def splits(**overrides: Any) -> Mapping[str, list[str]]:
+        settings = {**ONE_EXPERT, "dataset_dir": str(data), "output_dir": str(tmp_path / "run"), **overrides}
+        part(make(**settings), "splits")
+        return json.loads((tmp_path / "run/splits.json").read_text())
+
+    four, two, other = splits(num_labelled=4), splits(num_labelled=2), splits(num_labelled=4, seed=1)
+    assert len(four["train"]) == 4 and four["train"][:2] == two["train"] and four["train"] != other["train"]
+    assert four["validation"] == two["validation"] == other["validation"] and four["test"] == other["test"]
+    assert not set(four["train"]) & {*four["validation"], *four["test"]}
+    assert len(splits()["train"]) == 8
 
 
-def test_a_misspelt_override_stops_before_anything_is_written(make: Make, tmp_path: Path) -> None:
-    error = error_of(make(num_clases=3, **{"train#trainer#max_epocs": 3}))
-    assert isinstance(error, ConfigError)
-    assert "num_clases: nothing reads this key. Did you mean num_classes?" in str(error)
-    assert "train::trainer::max_epocs: SupervisedTrainer takes no such argument. Did you mean max_epochs?" in str(error)
+def test_bad_data_stop_the_training_before_its_first_step(volumes: Path, tmp_path: Path) -> None:
+    settings = {**ONE_EXPERT, "dataset_dir": str(volumes), "output_dir": str(tmp_path / "run")}
+    message = error_of(num_classes=2, **settings)
+    assert "7 problems in 7 cases" in message
+    assert "case0: label: there are values outside the classes 0 to 1: 2" in message
+    message = error_of(**{**settings, "spatial_dims": 2, "roi_size": [32, 32]})
+    assert "it is 3-D (36, 32, 8), but spatial_dims is 2: pass --spatial_dims 3" in message
+    assert not (tmp_path / "run/best.safetensors").exists()
+
+
+def test_a_misspelt_override_stops_before_anything_is_written(volumes: Path, tmp_path: Path) -> None:
+    settings = {**ONE_EXPERT, "dataset_dir": str(volumes), "output_dir": str(tmp_path / "run")}
+    message = error_of(num_clases=3, **settings, **{"train#trainer#max_epocs": 3})
+    assert "num_clases: nothing reads this key. Did you mean num_classes?" in message
+    assert "train::trainer::max_epocs: SupervisedTrainer takes no such argument. Did you mean max_epochs?" in message
     assert not (tmp_path / "run").exists()
+    for overlay, kind, typo, meant in (
+        (EVALUATE, "train", "splitt", "split"),
+        (INFERENCE, "infer", "inputs", "input"),
+        (INFERENCE, "infer", "overlai", "overlay"),
+    ):
+        message = error_of(TRAIN, overlay, kind=kind, **settings, **{typo: "x"})
+        assert f"{typo}: nothing reads this key. Did you mean {meant}?" in message
 
 
-def test_missing_paths_are_named_before_anything_is_built(make: Make) -> None:
-    error = error_of(make(dataset_dir="nowhere", general_weights="lost.safetensors"))
-    assert "dataset_dir: there is no 'nowhere'" in str(error)
-    assert "general_weights: there is no 'lost.safetensors'" in str(error)
-    assert "Relative paths count from the current folder" in str(error)
+def test_missing_paths_are_named_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(**{**ONE_EXPERT, "dataset_dir": "nowhere", "general_weights": "lost.safetensors"})
+    assert "dataset_dir: there is no 'nowhere'" in message
+    assert "general_weights: there is no 'lost.safetensors'" in message
+    assert "Relative paths count from the current folder" in message
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_for_the_record(make: Make) -> None:
-    workflow = make(num_labelled=1)
-    settings = literal_settings(workflow.parser)
+def test_settings_for_the_record() -> None:
+    settings = literal_settings(make(**{**TWO_EXPERTS, "num_labelled": 1}).parser)
     assert settings["num_labelled"] == 1 and settings["roi_size"] == [32, 32, 4]
     assert json.loads(json.dumps(settings)) == settings
-    assert set(RULES) & set(json.loads((BUNDLES / TRAIN[0]).read_text())) <= set(settings)
+    assert set(RULES) & set(json.loads(TRAIN.read_text())) <= set(settings)
+
+
+def test_the_command_line_fails_fast_with_a_short_message(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/pmoe_seg.json"]
+    overrides = ["--num_clases", "3", "--output_dir", str(tmp_path / "run"), "--dataset_dir", "nowhere"]
+    result = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert result.returncode == 2
+    assert "num_clases: nothing reads this key. Did you mean num_classes?" in result.stderr
+    assert "dataset_dir: there is no 'nowhere'" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_error_kinds_stay_what_they_are(volumes: Path, tmp_path: Path) -> None:
+    """What the helpers of these tests raise is what MONAI wrapped."""
+    with pytest.raises(ConfigError, match="max_epochs: found 0"):
+        run(**{**ONE_EXPERT, "dataset_dir": str(volumes), "output_dir": str(tmp_path), "max_epochs": 0})

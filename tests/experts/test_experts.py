@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medmoe.errors import ConfigError, ExpertError
@@ -85,10 +86,9 @@ def test_lite_medsam_equals_the_original_at_every_stage(shared: Path) -> None:
 def test_lite_medsam_at_other_sizes(shared: Path, size: int, shape: tuple[int, int]) -> None:
     expert = lite_medsam(shared, size)
     maps = expert(torch.rand(1, 1, *shape))
-    longest = max(shape)
     for m, stride in zip(maps, (2, 4, 4), strict=True):
         # The finest grid belongs to the convolutional stage before the last strides.
-        expected = [-(-round(side * size / longest) // 4) * 4 // stride for side in shape]
+        expected = [round(side * size / max(shape) / 4) * 4 // stride for side in shape]
         assert list(m.shape[-2:]) == expected
         assert m.isfinite().all()
 
@@ -183,6 +183,14 @@ def test_layers_without_prompts_record_no_gradients(expert: Expert) -> None:
     assert not tokens.x.requires_grad
 
 
+@pytest.mark.parametrize("shape", [(96, 112), (37, 51), (40, 40), (33, 35)])
+def test_maps_cover_the_image_and_nothing_else(expert: Expert, shape: tuple[int, int]) -> None:
+    """The decoder lays a map over the whole image, so that a margin in the view would shift all that is in it."""
+    view = expert.view(torch.linspace(0, 1, shape[0])[:, None].expand(1, 1, *shape))
+    assert (view.diff(dim=2) >= 0).all() and (view.diff(dim=3).abs() < 1e-5).all()
+    assert all(side % expert.patch == 0 for side in view.shape[-2:])
+
+
 def test_views_follow_size_and_channels() -> None:
     vit, tiny = small_vit(), small_tiny_vit()
     assert vit.view(torch.rand(1, 1, 100, 50)).shape == (1, 3, 32, 16)
@@ -202,14 +210,45 @@ def test_expert_from_timm_by_name() -> None:
     assert [tuple(m.shape) for m in expert(torch.rand(1, 3, 64, 64))] == [(1, 192, 4, 4)] * 4
 
 
-def test_expert_from_timm_with_a_local_file(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.fixture
+def timm_weights() -> dict[str, Tensor]:
+    """Of a backbone with its classification head, as timm saves them."""
+    return timm.create_model("vit_tiny_patch16_224").state_dict()
 
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    expert = load_expert("timm/vit_tiny_patch16_224", 224, tmp_path / "weights.safetensors")
+
+def from_file(folder: Path, tensors: dict[str, Tensor]) -> Expert:
+    save_file(tensors, folder / "weights.safetensors")
+    return load_expert("timm/vit_tiny_patch16_224", 64, folder / "weights.safetensors")
+
+
+def test_expert_from_timm_with_a_local_file(tmp_path: Path, timm_weights: dict[str, Tensor]) -> None:
+    expert = from_file(tmp_path, timm_weights)
     assert isinstance(expert, ViTExpert) and len(expert.sha256) == 64
-    assert torch.equal(expert.vit.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
+    assert all(torch.equal(tensor, timm_weights[name]) for name, tensor in expert.vit.state_dict().items())
+    bare = {name: tensor for name, tensor in timm_weights.items() if not name.startswith("head.")}
+    assert from_file(tmp_path, bare).sha256 == expert.sha256
+    timm_weights["norm.bias"] += 1
+    assert from_file(tmp_path, timm_weights).sha256 != expert.sha256
+
+
+@pytest.mark.parametrize("prefix", ["blocks.3.", ""])
+def test_a_file_that_does_not_fill_a_timm_model_is_refused(
+    tmp_path: Path, timm_weights: dict[str, Tensor], prefix: str
+) -> None:
+    """timm itself passes over missing tensors where a backbone is loaded without its head."""
+    renamed = {("x." if name.startswith(prefix) else "") + name: tensor for name, tensor in timm_weights.items()}
+    with pytest.raises(ExpertError, match=f"missing: .*{prefix or 'cls_token'}"):
+        from_file(tmp_path, renamed)
+
+
+def test_experts_of_the_hub_are_known_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_hub(name: str, pretrained: bool = False) -> torch.nn.Module:
+        assert pretrained
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True)
+
+    monkeypatch.setattr("medmoe.experts.build.timm_model", from_hub)
+    one, other = (load_expert("timm/vit_tiny_patch16_224", 64) for _ in range(2))
+    assert len(one.sha256) == 64 and one.sha256 != other.sha256
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits41", "timm/no_such_model", "timm/resnet18"])

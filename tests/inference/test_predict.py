@@ -322,6 +322,17 @@ def test_checkpoint_reaches_plain_settings_only(tmp_path: Path) -> None:
     assert checkpoint_settings(saved, TRAINING, "x") == {"spatial_dims": 3}
 
 
+def test_weights_files_of_another_machine_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "here.safetensors").touch()
+    config = {"general_weights": None, "medical_weights": None}
+    saved = {
+        "general_weights": str(tmp_path / "gone.safetensors"),
+        "medical_weights": str(tmp_path / "here.safetensors"),
+    }
+    assert checkpoint_settings(saved, config, "x") == {"medical_weights": saved["medical_weights"]}
+    assert checkpoint_settings({"general_weights": "random"}, config, "x") == {"general_weights": "random"}
+
+
 def test_find_inputs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         find_inputs(tmp_path / "nowhere")

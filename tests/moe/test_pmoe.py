@@ -12,6 +12,7 @@ from torch import Tensor
 from medmoe.errors import ConfigError
 from medmoe.moe import PMoE, State, Stream
 from medmoe.moe.pmoe import DISPATCHES, pool_patches
+from tests.networks.small import swapped_experts
 
 BATCH, SLOTS = 2, 4
 
@@ -88,16 +89,7 @@ def test_soft_dispatch_equals_the_written_equation() -> None:
 def test_permuting_the_experts_permutes_the_prompts(dispatch: str, exchange: str) -> None:
     one = PMoE(streams(), SLOTS, dispatch, "residual", exchange)
     other = PMoE(one.streams[::-1], SLOTS, dispatch, "residual", exchange)
-    swapped = {}
-    for name, value in one.state_dict().items():
-        head, *rest = name.split(".")
-        if head == "maps":
-            j, a, _, k, b = rest[0].split("_")
-            rest[0] = f"{1 - int(j)}_{a}_to_{1 - int(k)}_{b}"
-        else:
-            rest[0] = str(1 - int(rest[0]))
-        swapped[".".join([head, *rest])] = value
-    other.load_state_dict(swapped)
+    other.load_state_dict(swapped_experts(one.state_dict()))
     given = states(one, 2)
     for mine, theirs in zip(prompts(one, 2, given), prompts(other, 2, given[::-1])[::-1], strict=True):
         assert (mine - theirs).abs().max() < 1e-5

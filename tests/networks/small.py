@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import timm
 import torch
+from torch import Tensor
 
 from medmoe.experts import TinyViTExpert, ViTExpert
 
@@ -37,3 +40,17 @@ def small_tiny_vit(image_size: int = 32, name: str = "tiny") -> TinyViTExpert:
             part.add_(0.02 * torch.randn_like(part))
     expert.name = name
     return expert
+
+
+def swapped_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a PMoE over two experts, for a PMoE over the same two in the other order."""
+    swapped = {}
+    for name, value in state.items():
+        head, *rest = name.split(".")
+        if head == "maps":
+            j, a, _, k, b = rest[0].split("_")
+            rest[0] = f"{1 - int(j)}_{a}_to_{1 - int(k)}_{b}"
+        else:
+            rest[0] = str(1 - int(rest[0]))
+        swapped[".".join([head, *rest])] = value
+    return swapped

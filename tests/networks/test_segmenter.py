@@ -17,7 +17,7 @@ from medmoe.moe import PMoE
 from medmoe.networks import ExpertSegmenter
 from medmoe.networks.segmenter import site_layers
 from medmoe.tuning import LoRA
-from tests.networks.small import small_tiny_vit, small_vit
+from tests.networks.small import small_tiny_vit, small_vit, swapped_experts
 
 prompter = partial(PMoE, num_prompts=3)
 decoder = partial(FusionDecoder, channels=8, stem=4)
@@ -83,21 +83,34 @@ def test_one_expert_without_dispatch_is_vpt_deep() -> None:
     assert (net(image) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_expert_without_prompts_lends_context_frozen_or_adapted(rank: int) -> None:
+    """What the unprompted expert sees reaches the other one's features, and every parameter takes part."""
+    net = network(prompter=prompter, prompted=[True, False], adapters=[None, LoRA(rank)]).eval()
+    image = torch.rand(2, 1, 32, 32)
+    before = net.features(image)[0][-1]
+    with torch.no_grad():
+        net.experts[1].neck[-1].bias += torch.randn(12)
+    assert (net.features(image)[0][-1] - before).abs().max() > 1e-5
+    net(image).square().mean().backward()
+    assert not [name for name, p in net.trainable() if p.grad is None]
+
+
+def test_an_adapted_expert_without_prompts_may_be_shallower_than_there_are_sites() -> None:
+    torch.manual_seed(0)
+    experts = [small_vit(4), small_vit(2)]
+    net = ExpertSegmenter(
+        experts, 3, prompter=prompter, prompted=[True, False], adapters=[None, LoRA(2)], precision="fp32"
+    )
+    assert net.num_sites == 4 and net(torch.rand(1, 1, 32, 32)).shape == (1, 3, 32, 32)
+
+
 def test_permuting_the_experts_permutes_the_features() -> None:
     image = torch.rand(1, 1, 32, 32)
     one = network(prompter=prompter).eval()
     other = network(kinds="tv", prompter=prompter).eval()
     other.experts = torch.nn.ModuleList([one.experts[1], one.experts[0]])
-    swapped = {}
-    for name, value in one.prompter.state_dict().items():
-        head, *rest = name.split(".")
-        if head == "maps":
-            j, a, _, k, b = rest[0].split("_")
-            rest[0] = f"{1 - int(j)}_{a}_to_{1 - int(k)}_{b}"
-        else:
-            rest[0] = str(1 - int(rest[0]))
-        swapped[".".join([head, *rest])] = value
-    other.prompter.load_state_dict(swapped)
+    other.prompter.load_state_dict(swapped_experts(one.prompter.state_dict()))
     for mine, theirs in zip(one.features(image), other.features(image)[::-1], strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert (a - b).abs().max() < 1e-4
@@ -226,6 +239,8 @@ def test_wrong_settings_and_images() -> None:
     wrong("smaller than one patch", torch.rand(1, 1, 7, 32))
     wrong("site_range", prompter=prompter, site_range=(3, 9))
     wrong("shallowest prompted expert has 4", prompter=prompter, num_sites=5)
+    wrong("needs spatial_dims=3 and in_channels=1", neighbours=True)
+    wrong("found spatial_dims=3 and in_channels=2", spatial_dims=3, in_channels=2, neighbours=True)
     wrong("fusion='lat'", decoder=partial(decoder, fusion="lat"))
     wrong("prompted has 3 entries", prompter=prompter, prompted=[True, True, False])
     wrong("precision='half'", torch.rand(1, 1, 32, 32), precision="half")

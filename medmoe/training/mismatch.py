@@ -1,0 +1,89 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What keeps a checkpoint from fitting a network: other experts, other settings, other tensors."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+NETWORK_SETTINGS = (
+    "spatial_dims",
+    "in_channels",
+    "num_classes",
+    "general",
+    "medical",
+    "general_size",
+    "medical_size",
+    "prompt_general",
+    "prompt_medical",
+    "general_lora",
+    "medical_lora",
+    "neighbours",
+    "num_prompts",
+    "dispatch",
+    "form",
+    "exchange",
+    "site_range",
+    "fusion",
+    "decoder_channels",
+    "intensity",
+    "spacing",
+)
+WORTH_COPYING = ("label_threshold", "roi_size")
+"""Settings that may differ from the checkpoint's, but are put right together with those that must not."""
+
+
+def setting_problems(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Settings that shape the network, or what it sees, and differ; and the overrides to pass, in one line.
+
+    The seed is among them where an expert's weights are random.
+    """
+
+    def different(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in here and name in saved and here[name] != saved[name]]
+
+    drawn = "random" in (here.get("general_weights"), here.get("medical_weights"))
+    wrong = different((*NETWORK_SETTINGS, "seed") if drawn else NETWORK_SETTINGS)
+    if not wrong:
+        return []
+    lines = [f"{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint" for name in wrong]
+    overrides = " ".join(override(name, saved[name]) for name in [*wrong, *different(WORTH_COPYING)])
+    return [*lines, f"pass {overrides}"]
+
+
+def override(name: str, value: Any) -> str:
+    """``--name value`` as the command line of MONAI's bundles takes it, quoted for the shell."""
+    text = "$None" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+    return f"--{name} {shlex.quote(text)}"
+
+
+def expert_problems(saved: Sequence[Mapping[str, str]], own: Sequence[Mapping[str, str]]) -> list[str]:
+    """A line that names both lists of experts where they differ."""
+
+    def names(experts: Sequence[Mapping[str, str]]) -> str:
+        return ", ".join(f"{expert['name']} (sha256 {expert['sha256'][:12]})" for expert in experts) or "none"
+
+    if [(expert["name"], expert["sha256"]) for expert in saved] == [(e["name"], e["sha256"]) for e in own]:
+        return []
+    return [f"it was trained with the experts {names(saved)}; this network has {names(own)}"]
+
+
+def tensor_problems(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], limit: int = 5) -> list[str]:
+    """Tensors that are missing, left over or of another shape; at most ``limit`` of each."""
+    missing = [f"{name} is not in the checkpoint" for name in own if name not in saved]
+    left = [f"{name} is in the checkpoint but not in this network" for name in saved if name not in own]
+    shapes = [
+        f"{name} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(own[name].shape)} in this network"
+        for name, tensor in saved.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    problems = []
+    for group in (missing, left, shapes):
+        problems += group[:limit] + ([f"... and {len(group) - limit} more like it"] if len(group) > limit else [])
+    return problems
