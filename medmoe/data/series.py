@@ -69,7 +69,7 @@ class Slice(NamedTuple):
 class Layout(NamedTuple):
     """A checked series before its pixels are read: files in spatial order, the grid, and what was found on the way.
 
-    ``affine`` (4, 4) float64 maps voxel indices (column, row, slice) to millimetres in RAS+ axes, as nibabel does.
+    ``affine`` (4, 4) float64 maps voxel indices (column, row, slice) to millimeters in RAS+ axes, as nibabel does.
     """
 
     files: tuple[Path, ...]
@@ -385,7 +385,7 @@ def _lateral_problems(slices: Sequence[Slice], lateral: Floats, depth: Floats, a
 
 
 def _affine(slices: Sequence[Slice]) -> Floats:
-    """Voxel (column, row, slice) to millimetres in RAS+."""
+    """Voxel (column, row, slice) to millimeters in RAS+."""
     first, last = slices[0], slices[-1]
     normal = _normal(first)
     gap = float((last.position - first.position) @ normal) / (len(slices) - 1) if len(slices) > 1 else first.thickness

@@ -72,7 +72,7 @@ class ExpertSegmenter(nn.Module):
             prompted expert, so that it has one at every layer.
         site_range: first and last site (inclusive) that have prompts, counted from 0. Defaults to all. What lies before
             the first one costs no backward pass.
-        neighbours: in 3-D with one channel, show each expert the slices before, at and after as three channels.
+        neighbors: in 3-D with one channel, show each expert the slices before, at and after as three channels.
         precision: "auto", "fp32" or "bf16", of the experts; prompts, decoder and losses stay in float32.
         cache_bytes: memory for the feature maps of experts that are neither prompted nor adapted; 0 keeps none.
 
@@ -92,20 +92,20 @@ class ExpertSegmenter(nn.Module):
         decoder: Callable[..., FusionDecoder] = FusionDecoder,
         num_sites: int | None = None,
         site_range: tuple[int, int] | None = None,
-        neighbours: bool = False,
+        neighbors: bool = False,
         precision: str = "auto",
         cache_bytes: int = 0,
     ) -> None:
         super().__init__()
         if not experts:
             raise ConfigError("a network needs at least one expert")
-        if neighbours and (spatial_dims, in_channels) != (3, 1):
+        if neighbors and (spatial_dims, in_channels) != (3, 1):
             raise ConfigError(
-                "neighbours fills the three color channels with the slices of a volume: it needs spatial_dims=3 and "
+                "neighbors fills the three color channels with the slices of a volume: it needs spatial_dims=3 and "
                 f"in_channels=1, found spatial_dims={spatial_dims} and in_channels={in_channels}"
             )
         self.num_classes, self.spatial_dims, self.in_channels = num_classes, spatial_dims, in_channels
-        self.neighbours, self.precision = neighbours, precision
+        self.neighbors, self.precision = neighbors, precision
         self.experts = nn.ModuleList(experts)
         flags = one_each("prompted", prompted, len(experts))
         self.prompted = [prompter is not None and bool(flag) for flag in flags]
@@ -197,7 +197,7 @@ class ExpertSegmenter(nn.Module):
         """(B, C, H, W, D) -> (B * D, C, H, W); 2-D images pass."""
         if self.spatial_dims == 2:
             return image
-        if self.neighbours:
+        if self.neighbors:
             before = torch.cat([image[..., :1], image[..., :-1]], -1)
             after = torch.cat([image[..., 1:], image[..., -1:]], -1)
             image = torch.cat([before, image, after], 1)

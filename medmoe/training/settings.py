@@ -122,6 +122,12 @@ def names(value: Any) -> str:
     return "" if good else "a list of different names, such as \"['background','polyp']\""
 
 
+def channels(value: Any) -> str:
+    """Three channels of the image, counted from 0."""
+    good = isinstance(value, (list, tuple)) and len(value) == 3 and not any(map(whole(0), value))
+    return "" if good else "three channels, counted from 0, such as [0, 1, 2]"
+
+
 def span(value: Any) -> str:
     """The first and the last of a range, counted from 0."""
     good = (
@@ -171,9 +177,13 @@ RULES: Mapping[str, Rule] = {
     "medical_weights": optional(text),
     "prompt_general": truth,
     "prompt_medical": truth,
+    "general_channels": optional(channels),
+    "medical_channels": optional(channels),
     "general_lora": whole(0),
+    "general_lora_targets": optional(names),
+    "medical_lora_targets": optional(names),
     "medical_lora": whole(0),
-    "neighbours": truth,
+    "neighbors": truth,
     "site_range": optional(span),
     "decoder_channels": whole(1),
     "cache_gib": number(least=0),
@@ -215,6 +225,13 @@ def contradictions(settings: Mapping[str, Any]) -> list[str]:
             found.append(f"{name}: found {list(value)}, expected {dims} values, because spatial_dims is {dims}")
     if not any(settings.get(name, True) for name in ("general", "medical")):
         found.append("general and medical: found neither, expected at least one expert")
+    count = settings.get("in_channels") or 1
+    for name in ("general", "medical"):
+        chosen = settings.get(f"{name}_channels")
+        if chosen and max(chosen) >= count:
+            found.append(f"{name}_channels: found {list(chosen)}, expected numbers below in_channels, which is {count}")
+        elif count > 3 and settings.get(name) and not chosen:
+            found.append(f"{name}_channels: an expert sees three of the {count} channels: say which, such as [0, 1, 2]")
     classes, called = settings.get("num_classes"), settings.get("class_names")
     if classes and called and len(called) != classes:
         found.append(

@@ -121,6 +121,7 @@ class Tracker:
         self.run_name = run_name or f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         self.client: MlflowClient | None = None
         self.run_id = ""
+        self.described = False
         self.sent = 0
         self.away = False
 
@@ -161,7 +162,11 @@ class Tracker:
         if self.client is None:
             self.client = connect(self.uri)
         if not self.run_id:
-            self.run_id = self.reopened(self.client) or self.created(self.client)
+            self.run_id = self.reopened(self.client)
+            self.described = bool(self.run_id)
+            self.run_id = self.run_id or self.created(self.client)
+        if not self.described:
+            self.describe(self.client)
         return self.client
 
     def reopened(self, client: MlflowClient) -> str:
@@ -175,18 +180,22 @@ class Tracker:
         return str(known["run_id"])
 
     def created(self, client: MlflowClient) -> str:
-        """The id of a new run, with its parameters."""
-        from mlflow.entities import Param
-
+        """The id of a new run."""
         found = client.get_experiment_by_name(self.experiment)
         folder = local_store(self.uri)
         # A path, not a URI: MLflow encodes a space in its own default location twice.
         location = None if folder is None else str(folder / "mlartifacts" / self.experiment)
         experiment = found.experiment_id if found else client.create_experiment(self.experiment, location)
         run_id: str = client.create_run(experiment, run_name=self.run_name).info.run_id
-        for batch in batches([Param(*pair) for pair in flat_settings(self.settings)], PARAM_BATCH):
-            client.log_batch(run_id, params=batch)
         return run_id
+
+    def describe(self, client: MlflowClient) -> None:
+        """Sends the settings. MLflow takes the same ones twice, where an answer was lost."""
+        from mlflow.entities import Param
+
+        for batch in batches([Param(*pair) for pair in flat_settings(self.settings)], PARAM_BATCH):
+            client.log_batch(self.run_id, params=batch)
+        self.described = True
 
     def remember(self) -> None:
         """Notes the run and the last epoch that it has, for a training that resumes."""

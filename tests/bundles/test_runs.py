@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,7 +241,9 @@ def test_masks_of_volumes_score_what_the_evaluation_says(trained: Run, tmp_path:
     for case in held_out:
         image, mask = nib.load(inputs / f"{case}.nii.gz"), nib.load(masks / f"{case}.nii.gz")
         np.testing.assert_array_equal(mask.affine, image.affine)
+    around = (sys.excepthook, logging.getLogger().handlers[:])
     predicted = predict(inputs, tmp_path / "predicted", checkpoint)
+    assert (sys.excepthook, logging.getLogger().handlers) == around
     assert [path.name for path in predicted] == [f"{case}.nii.gz" for case in sorted(held_out)]
     for path in predicted:
         np.testing.assert_array_equal(nib.load(path).dataobj, nib.load(masks / path.name).dataobj)

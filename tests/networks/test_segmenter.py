@@ -147,7 +147,7 @@ def test_slices_of_a_volume_are_images(spatial_dims: int) -> None:
 
 def test_neighbouring_slices_fill_the_channels() -> None:
     volume = torch.rand(1, 1, 32, 24, 4)
-    folded = network(spatial_dims=3, neighbours=True).fold(volume)
+    folded = network(spatial_dims=3, neighbors=True).fold(volume)
     assert torch.equal(folded[1], volume[0, 0, ..., :3].movedim(-1, 0))
     assert torch.equal(folded[0], volume[0, 0, ..., [0, 0, 1]].movedim(-1, 0))
     assert torch.equal(folded[3], volume[0, 0, ..., [2, 3, 3]].movedim(-1, 0))
@@ -239,8 +239,8 @@ def test_wrong_settings_and_images() -> None:
     wrong("smaller than one patch", torch.rand(1, 1, 7, 32))
     wrong("site_range", prompter=prompter, site_range=(3, 9))
     wrong("shallowest prompted expert has 4", prompter=prompter, num_sites=5)
-    wrong("needs spatial_dims=3 and in_channels=1", neighbours=True)
-    wrong("found spatial_dims=3 and in_channels=2", spatial_dims=3, in_channels=2, neighbours=True)
+    wrong("needs spatial_dims=3 and in_channels=1", neighbors=True)
+    wrong("found spatial_dims=3 and in_channels=2", spatial_dims=3, in_channels=2, neighbors=True)
     wrong("fusion='lat'", decoder=partial(decoder, fusion="lat"))
     wrong("prompted has 3 entries", prompter=prompter, prompted=[True, True, False])
     wrong("precision='half'", torch.rand(1, 1, 32, 32), precision="half")
