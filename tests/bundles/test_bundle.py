@@ -96,8 +96,7 @@ def test_labelled_cases_and_seed_are_overrides(tmp_path: Path) -> None:
     data = write_volumes(tmp_path / "data", training=8)
 
     def splits(**overrides: Any) -> Mapping[str, list[str]]:
-        settings = {**ONE_EXPERT, "dataset_dir": str(data), "output_dir": str(tmp_path / "run"), **overrides}
-        part(make(**settings), "splits")
+        make(**{**ONE_EXPERT, "dataset_dir": str(data), "output_dir": str(tmp_path / "run"), **overrides}).initialize()
         return json.loads((tmp_path / "run/splits.json").read_text())
 
     four, two, other = splits(num_labelled=4), splits(num_labelled=2), splits(num_labelled=4, seed=1)
@@ -107,14 +106,16 @@ def test_labelled_cases_and_seed_are_overrides(tmp_path: Path) -> None:
     assert len(splits()["train"]) == 8
 
 
-def test_bad_data_stop_the_training_before_its_first_step(volumes: Path, tmp_path: Path) -> None:
+def test_bad_data_stop_the_training_before_an_earlier_run_is_touched(volumes: Path, tmp_path: Path) -> None:
     settings = {**ONE_EXPERT, "dataset_dir": str(volumes), "output_dir": str(tmp_path / "run")}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("an earlier run")
     message = error_of(num_classes=2, **settings)
     assert "7 problems in 7 cases" in message
     assert "case0: label: there are values outside the classes 0 to 1: 2" in message
     message = error_of(**{**settings, "spatial_dims": 2, "roi_size": [32, 32]})
     assert "it is 3-D (36, 32, 8), but spatial_dims is 2: pass --spatial_dims 3" in message
-    assert not (tmp_path / "run/best.safetensors").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "run.json"]
 
 
 def test_a_misspelt_override_stops_before_anything_is_written(volumes: Path, tmp_path: Path) -> None:
