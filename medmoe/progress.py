@@ -32,7 +32,7 @@ class Progress:
 
     def __init__(self, description: str, total: int | None = None, interval: float = 15.0) -> None:
         self.description, self.total, self.interval = description, total, interval
-        self.done = 0
+        self.done = self.shown = 0
         self.note = ""
 
     def __enter__(self) -> Progress:
@@ -59,7 +59,7 @@ class Progress:
             return
         now = time.monotonic()
         if now - self.printed >= self.interval:
-            self.printed = now
+            self.printed, self.shown = now, self.done
             print(self.line(now - self.started), file=sys.stderr, flush=True)
 
     def line(self, elapsed: float) -> str:
@@ -74,7 +74,7 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-        elif time.monotonic() - self.started >= 2:
+        elif time.monotonic() - self.started >= 2 and self.shown < self.done:
             print(self.line(time.monotonic() - self.started), file=sys.stderr, flush=True)
 
 

@@ -39,9 +39,9 @@ def parts_of(network: Any) -> set[str]:
         ("linear", {"heads 1"}),
         ("vpt", {"prompts", "heads 1"}),
         ("lora", {"lora 0", "lora 1", "heads 1"}),
-        ("late", {"lora 0", "heads 2"}),
+        ("late", {"lora 0", "lora 1", "heads 2"}),
         ("pmoe", {"prompts", "dispatchers", "maps", "heads 2"}),
-        ("pmoe_lora", {"prompts", "dispatchers", "maps", "lora 0", "heads 2"}),
+        ("pmoe_lora", {"prompts", "dispatchers", "maps", "lora 0", "lora 1", "heads 2"}),
     ],
 )
 def test_a_preset_trains_what_it_says(name: str, expected: set[str]) -> None:
