@@ -77,4 +77,4 @@ def test_a_preset_through_training_and_evaluation(tmp_path: Path) -> None:
     run(TRAIN, vpt, EVALUATE, **settings)
     assert (tmp_path / "run/evaluation_test/cases.json").is_file()
     message = error_of(TRAIN, EVALUATE, **settings)
-    assert message.splitlines()[-1].strip() == "pass --general_lora 0 --dispatch none --fusion concat"
+    assert message.splitlines()[-1].strip() == "pass --general_lora 0 --medical_lora 0 --dispatch none --fusion concat"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
     assert read_checkpoint(tmp_path / LAST)[1].epoch == 1
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Python's own SIGINT handler: a shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_says_how_to_resume_and_the_checkpoint_is_valid(
     tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
@@ -166,6 +176,7 @@ def test_an_interrupt_says_how_to_resume_and_the_checkpoint_is_valid(
     assert [row["epoch"] for row in read_rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_before_the_first_checkpoint_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, extra=[At(1, lambda: os.kill(os.getpid(), signal.SIGINT))])
