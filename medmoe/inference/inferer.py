@@ -18,10 +18,11 @@ from medmoe.progress import Progress
 
 
 class WindowInferer(SlidingWindowInferer):
-    """MONAI's sliding window whose window never exceeds the image, so that nothing is padded.
+    """MONAI's sliding window with progress, and -1 for an axis that is taken whole.
 
-    An image that fits into one window is given to the network as it is: the result is the network's own, bit for bit.
-    See :func:`sliding_window` for the arguments.
+    An image that is smaller than the window is padded with zeros on both sides, exactly as in training: an expert
+    resizes what it is given to its own size, so that without the padding it would see the image at another scale. An
+    image of the window's size is given to the network as it is. See :func:`sliding_window` for the arguments.
     """
 
     def __init__(self, roi_size: Sequence[int], overlap: Sequence[float], sw_batch_size: int, description: str) -> None:
@@ -38,12 +39,12 @@ class WindowInferer(SlidingWindowInferer):
                 f"The image is {len(size)}-D {size}, but the window has {len(self.roi_size)} numbers: "
                 f"{tuple(self.roi_size)}. Set spatial_dims and roi_size to fit the data."
             )
-        window = tuple(min(r, s) if r > 0 else s for r, s in zip(self.roi_size, size, strict=True))
+        window = tuple(r if r > 0 else s for r, s in zip(self.roi_size, size, strict=True))
         if window == size:
             return network(inputs, *args, **kwargs)
-        clipped = copy.copy(self)  # a window of this image's own; the inferer itself may serve several threads
-        clipped.roi_size = window
-        run = super(WindowInferer, clipped).__call__
+        fitted = copy.copy(self)  # a window of this image's own; the inferer itself may serve several threads
+        fitted.roi_size = window
+        run = super(WindowInferer, fitted).__call__
         if not self.description:
             return run(inputs, network, *args, **kwargs)
         windows = len(inputs) * window_count(size, window, self.overlap)
@@ -58,7 +59,8 @@ class WindowInferer(SlidingWindowInferer):
 
 
 def window_count(size: Sequence[int], window: Sequence[int], overlap: Sequence[float]) -> int:
-    """How many windows MONAI lays over an image of ``size``; no window may exceed it."""
+    """How many windows MONAI lays over an image of ``size``, which it pads to the window where it is smaller."""
+    size = [max(s, w) for s, w in zip(size, window, strict=True)]
     steps = (s if w == s else max(int(w * (1 - o)), 1) for s, w, o in zip(size, window, overlap, strict=True))
     return math.prod(math.ceil((s - w) / step) + 1 for s, w, step in zip(size, window, steps, strict=True))
 

@@ -10,21 +10,24 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
+from medmoe.data import augmentation
 from medmoe.errors import ConfigError
 from medmoe.inference.inferer import sliding_window, window_count
 
 
 class Counting(torch.nn.Module):
-    """A network that looks around each voxel, and keeps the shapes of what it was shown."""
+    """A network that looks around each voxel, and keeps what it was shown and its shapes."""
 
     def __init__(self, spatial_dims: int) -> None:
         super().__init__()
         convolution = torch.nn.Conv2d if spatial_dims == 2 else torch.nn.Conv3d
         self.convolution = convolution(1, 3, 3, padding=1)
         self.seen: list[tuple[int, ...]] = []
+        self.images: list[torch.Tensor] = []
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         self.seen.append(tuple(image.shape))
+        self.images.append(image)
         return self.convolution(image)
 
 
@@ -45,18 +48,25 @@ def test_a_voxelwise_network_is_not_changed() -> None:
 
 @pytest.mark.parametrize("size", [(24, 17), (9, 12, 14)])
 @torch.no_grad()
-def test_small_image_is_seen_whole_and_unpadded(size: tuple[int, ...]) -> None:
+def test_a_small_image_is_padded_as_in_training(size: tuple[int, ...]) -> None:
+    """The network has to see it at the scale that it was trained at."""
     network, image = Counting(len(size)), torch.rand(1, 1, *size)
     result = sliding_window(32, len(size))(image, network)
-    assert network.seen == [tuple(image.shape)]
-    assert torch.equal(result, network(image))
+    padded = augmentation(len(size), 32, "none")({"image": image[0], "label": image[0]})["image"]
+    assert network.seen == [(1, 1, *[32] * len(size))]
+    assert network.images[0].equal(padded[None])
+    inside = tuple(slice((32 - side) // 2, (32 - side) // 2 + side) for side in size)
+    torch.testing.assert_close(result, network(padded[None])[(..., *inside)], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_window_is_clipped_along_short_axes_alone() -> None:
-    network = Counting(3)
-    sliding_window((32, 32, 8), 3, sw_batch_size=2)(torch.rand(1, 1, 20, 40, 30), network)
-    assert {shape[2:] for shape in network.seen} == {(20, 32, 8)}
+def test_an_image_of_the_windows_size_is_seen_as_it_is() -> None:
+    network, image = Counting(2), torch.rand(1, 1, 24, 17)
+    assert torch.equal(sliding_window((24, 17), 2)(image, network), network(image))
+
+
+@torch.no_grad()
+def test_a_window_may_take_an_axis_whole() -> None:
     network = Counting(3)
     sliding_window((-1, -1, 8), 3)(torch.rand(1, 1, 20, 40, 30), network)
     assert {shape[2:] for shape in network.seen} == {(20, 40, 8)}
@@ -66,7 +76,7 @@ def test_window_is_clipped_along_short_axes_alone() -> None:
 def test_window_count_is_monais() -> None:
     for _ in range(20):
         size = torch.randint(10, 40, (3,)).tolist()
-        roi = [min(r, s) for r, s in zip(torch.randint(4, 12, (3,)).tolist(), size, strict=True)]
+        roi = torch.randint(4, 14, (3,)).tolist()
         overlap = torch.rand(3).mul(0.8).tolist()
         network = Counting(3)
         SlidingWindowInferer(roi, 1, overlap)(torch.rand(1, 1, *size), network)
