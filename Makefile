@@ -1,4 +1,4 @@
-# make demo   adapts two experts to a small segmentation task and says what was learned (about 12 minutes, 7 GB)
+# make demo   adapts two experts to a small segmentation task and says what was learned (about 11 minutes, 7 GB)
 # make test   lint, types, tests
 # make venv   the virtual environment alone
 # make clean  caches and build products; results (runs/), demo data and the environment stay
