@@ -269,7 +269,6 @@ def write_split(splits: Mapping[str, Sequence[Case]], output_dir: str | os.PathL
 
 def datalists(
     dataset_dir: str | os.PathLike[str],
-    output_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     num_labelled: int = 0,
     fractions: Sequence[float] = (0.6, 0.15, 0.25),
@@ -278,10 +277,9 @@ def datalists(
     split_seed: int = 0,
     split_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, list[Case]]:
-    """The cases of a data set by split: ``load_cases``, ``split_cases`` and ``write_split`` in one.
+    """The cases of a data set by split: ``load_cases`` and ``split_cases`` in one.
 
     Args:
-        output_dir: where ``splits.json`` is written; ``None`` writes nothing.
         split_file: a split file of an earlier run, which then decides alone. It may be missing: evaluation names the
             one of the training run, and falls back to the splits that the other arguments give, with a warning.
 
@@ -297,8 +295,6 @@ def datalists(
             logger.warning("There is no %s: the splits are drawn anew. Are they those of training?", split_file)
         splits = split_cases(cases, seed, num_labelled, fractions, num_validation, num_test, split_seed)
     logger.info("%s: %s", dataset_dir, ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items()))
-    if output_dir is not None:
-        write_split(splits, output_dir, dataset_dir=str(dataset_dir), seed=seed, split_seed=split_seed)
     return splits
 
 

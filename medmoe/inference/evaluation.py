@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from medmoe.training.handlers import cell
 from medmoe.training.tracking import add_to_run
 
 CASES, OVERLAYS = "cases", "overlays"
@@ -31,10 +32,6 @@ def summary(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
         columns[own.strip("_").removeprefix("val_")] = {**classes, "mean": mean}
     rows = list(next(iter(columns.values())))
     width = max(map(len, rows))
-
-    def cell(value: float | None) -> str:
-        return f"{'-' if value is None else f'{value:.3f}':>9}"
-
     lines = [f"{len(content['cases'])} {split} cases, {checkpoint}"]
     lines.append(" " * width + "".join(f"{metric:>9}" for metric in columns))
     lines += [f"{row:<{width}}" + "".join(cell(column[row]) for column in columns.values()) for row in rows]

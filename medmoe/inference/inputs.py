@@ -16,10 +16,10 @@ from typing import Any, TypedDict
 from monai.transforms import Compose
 from torch.utils.data import IterableDataset
 
-from medmoe.data.datalist import some, stem_of, suffix_of
+from medmoe.data.datalist import stem_of, suffix_of
 from medmoe.data.series import holds_series
 from medmoe.data.transforms import apply
-from medmoe.errors import DataError, MedMoEError
+from medmoe.errors import DataError, MedMoEError, some
 from medmoe.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from monai.utils import string_list_all_gather
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from medmoe.errors import ConfigError, DataError
-from medmoe.files import write_text
+from medmoe.files import finite, write_text
 
 RULES = (
     "A class that is in neither label nor prediction is not counted (empty). In one of them only: Dice 0, IoU 0, HD95 "
@@ -229,15 +229,6 @@ def write_table(
     for case, row in [*named, ("mean", means)]:
         table.writerow([case, *("" if math.isnan(row[column]) else f"{row[column]:.6f}" for column in columns)])
     write_text(output.with_name(output.name + ".csv"), text.getvalue())
-    content = {
-        "rules": RULES,
-        "mean": _without_nan(overall),
-        "classes": _without_nan(means),
-        "cases": [{"case": case, **_without_nan(row)} for case, row in named],
-    }
+    named_rows = [{"case": case, **row} for case, row in named]
+    content = finite({"rules": RULES, "mean": overall, "classes": means, "cases": named_rows})
     write_text(output.with_name(output.name + ".json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN."""
-    return {name: None if math.isnan(value) else value for name, value in values.items()}

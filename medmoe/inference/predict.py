@@ -15,8 +15,7 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from medmoe.data.datalist import some
-from medmoe.errors import CheckpointError, ConfigError
+from medmoe.errors import CheckpointError, ConfigError, some
 from medmoe.experts.build import RANDOM
 from medmoe.inference.inputs import find_inputs, first_file
 from medmoe.inference.writer import check_output, mask_path

@@ -27,8 +27,8 @@ from monai.data import MetaTensor
 from PIL import Image, ImageColor
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from medmoe.data.datalist import NIFTI_SUFFIXES, some, suffix_of
-from medmoe.errors import DataError
+from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
+from medmoe.errors import DataError, some
 from medmoe.files import atomic_path, write_text
 from medmoe.inference.inputs import InputDataset, first_file
 from medmoe.training.pictures import color

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from medmoe.errors import MedMoEError
-from medmoe.files import write_text
+from medmoe.files import finite, write_text
 from medmoe.moe.routing import RoutingRecord, flat_metrics
 from medmoe.progress import Progress, clock
 from medmoe.training.checkpoint import BEST, LAST
@@ -359,15 +359,6 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
 
-def finite(value: Any) -> Any:
-    """``value`` with null in place of NaN and infinity, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def summary(output_dir: str | os.PathLike[str], tracking_uri: str = "") -> str:
     """A few lines on a finished run: Dice before and after, parameters, time, memory, and where to look.
 
@@ -403,12 +394,13 @@ def dice_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     before = validated[0]["metrics"] if validated[0]["epoch"] == 0 else {}
     labels = {name: name.removeprefix("val_") for name in names}
     width = max(map(len, labels.values()))
-
-    def cell(value: float | None) -> str:
-        return f"{'-' if value is None else f'{value:.3f}':>8}"
-
-    lines = [f"{'':<{width}}{'before':>8}{'after':>8}  (validation, before training and after epoch {best['epoch']})"]
+    lines = [f"{'':<{width}}{'before':>9}{'after':>9}  (validation, before training and after epoch {best['epoch']})"]
     return lines + [f"{labels[name]:<{width}}{cell(before.get(name))}{cell(best['metrics'][name])}" for name in names]
+
+
+def cell(value: float | None) -> str:
+    """A score in a column of a printed table; a dash where there is none."""
+    return f"{'-' if value is None else f'{value:.3f}':>9}"
 
 
 def parameter_lines(folder: Path) -> list[str]:

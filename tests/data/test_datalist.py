@@ -198,7 +198,8 @@ def test_too_few_cases(number: int, settings: dict[str, int], message: str) -> N
 
 def test_written_splits_can_be_used_again(tmp_path: Path) -> None:
     touch(tmp_path, *[f"data/{part}/{i}.png" for i in range(20) for part in ("images", "masks")])
-    splits = datalists(tmp_path / "data", tmp_path / "run", seed=5, num_labelled=4)
+    splits = datalists(tmp_path / "data", seed=5, num_labelled=4)
+    write_split(splits, tmp_path / "run", seed=5)
     written = json.loads((tmp_path / "run" / "splits.json").read_text())
     assert written["train"] == names(splits["train"]) and written["seed"] == 5
     again = datalists(tmp_path / "data", seed=6, split_file=tmp_path / "run" / "splits.json")
