@@ -51,6 +51,8 @@ class Expert(nn.Module, ABC):
         levels: layers after which :meth:`maps` takes a feature map, in order.
         level_widths: channels of those maps.
         adapter_targets: names of the linear layers where adapters such as LoRA usually go.
+        stages: runs of layers of one width on one grid, in order.
+        after: what an adapter does behind the layers: a module of (layer index, patches (B, D, h, w)), or ``None``.
     """
 
     name: str = ""
@@ -61,6 +63,11 @@ class Expert(nn.Module, ABC):
     levels: tuple[int, ...]
     level_widths: tuple[int, ...]
     adapter_targets: ClassVar[tuple[str, ...]] = ("qkv",)
+    stages: tuple[range, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("after", None)
 
     @abstractmethod
     def view(self, image: Tensor) -> Tensor:
@@ -84,6 +91,13 @@ class Expert(nn.Module, ABC):
         are returned; without, they are extra keys and values only, and ``None`` is returned in their place.
         """
 
+    def adapt(self, index: int, tokens: Tokens) -> Tokens:
+        """The tokens behind layer ``index`` as the adapter there changes them: patches only, the prefix stays."""
+        if self.after is None:
+            return tokens
+        patches = self.after(index, tokens.map()).flatten(2).transpose(1, 2)
+        return tokens._replace(x=torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1))
+
     def level_map(self, index: int, tokens: Tokens) -> Tensor:
         """The feature map (B, C, h, w) that level ``index`` makes of the tokens after its layer."""
         return tokens.map()
@@ -98,7 +112,7 @@ class Expert(nn.Module, ABC):
         outputs = {}
         for index in range(len(self.widths)):
             tokens, _ = self.layer(index, self.enter(index, tokens))
-            outputs[index] = tokens
+            outputs[index] = tokens = self.adapt(index, tokens)
         return self.maps(outputs)
 
     def freeze(self) -> Expert:

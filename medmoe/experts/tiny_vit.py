@@ -224,6 +224,7 @@ class TinyViTExpert(Expert):
         self.widths = tuple(widths[i] for i, _ in self.blocks_of)
         ends = [sum(depths[1 : i + 1]) - 1 for i in (1, 2, 3)]
         self.levels = tuple(ends)
+        self.stages = tuple(range(end + 1 - depths[i], end + 1) for i, end in zip((1, 2, 3), ends, strict=True))
         self.level_widths = (widths[1], widths[2], neck_width)
         # Twice as fast as the default layout with bfloat16 convolutions on CPUs, level in float32.
         self.to(memory_format=torch.channels_last)

@@ -54,6 +54,7 @@ class ViTExpert(Expert):
         self.patch = vit.patch_embed.patch_size[0]
         self.image_size, self.channels = image_size, channels
         self.widths = (vit.embed_dim,) * len(vit.blocks)
+        self.stages = (range(len(vit.blocks)),)
         self.levels = evenly(min(num_levels, len(vit.blocks)), len(vit.blocks))
         self.level_widths = (vit.embed_dim,) * len(self.levels)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)

@@ -97,7 +97,7 @@ def test_rows_hold_what_a_report_needs(tmp_path: Path) -> None:
     assert row["iteration"] == 2 * STEPS and len(row["losses"]) == STEPS
     assert row["loss"] == pytest.approx(sum(row["losses"]) / STEPS)
     assert set(row["lr"]) == {"prompts", "adapters", "decoder", "decoder_undecayed"}
-    assert row["routing"]["routing/medical/site03/usage/medical"] == 0.8
+    assert row["routing"]["routing/pmoe/medical/site03/usage/medical"] == 0.8
     assert 0 < log.rows[1]["seconds"] < row["seconds"] and row["memory"]["ram"] > 0.05
 
 

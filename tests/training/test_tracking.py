@@ -99,8 +99,8 @@ def check_finished(uri: str, tracker: Tracker, folder: Path, epochs: int) -> Non
         loss for row in rows[1:] for loss in row["losses"]
     ]
     assert len(steps) == epochs * STEPS and {m.step for m in steps} == set(range(1, epochs * STEPS + 1))
-    assert run.data.metrics["routing/medical/site03/usage/general"] == 0.2
-    assert run.data.metrics["routing/general/site02/entropy"] == pytest.approx(0.32)
+    assert run.data.metrics["routing/pmoe/medical/site03/usage/general"] == 0.2
+    assert run.data.metrics["routing/pmoe/general/site02/entropy"] == pytest.approx(0.32)
     assert artifacts(client, tracker.run_id) == {
         "best.safetensors",
         "metrics.jsonl",
