@@ -103,7 +103,8 @@ def make_tasks(
         return str(entry.get("target") or (entry["name"] if entry["kind"] == "image" else ""))
 
     return [
-        Task(e["name"], e["kind"], names(e), target(e), str(e.get("of", "")), float(e.get("weight", 1))) for e in entries
+        Task(e["name"], e["kind"], names(e), target(e), str(e.get("of", "")), float(e.get("weight", 1)))
+        for e in entries
     ]
 
 
@@ -111,12 +112,12 @@ def task_problems(entries: Any) -> list[str]:
     """What is wrong with a bundle's ``tasks``, one line each; nothing where they can be used."""
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, Mapping) for entry in entries):
         return [f"found {entries!r}, expected a list of objects with name, kind and names"]
-    found = [f"task {n} ({e.get('name', 'without a name')}): {p}" for n, e in enumerate(entries, 1) for p in _own(e)]
+    found = [f"task {n} ({e.get('name', 'no name')}): {p}" for n, e in enumerate(entries, 1) for p in _own(e)]
     names = Counter(str(entry.get("name")) for entry in entries)
     found += [f"{count} tasks are called {name}" for name, count in names.items() if count > 1]
     masks = [str(entry.get("name")) for entry in entries if entry.get("kind") in ("classes", "labels")]
     found += [
-        f"task {entry.get('name')}: of is {entry.get('of')!r}, expected a task with masks ({', '.join(masks) or 'none'})"
+        f"task {entry.get('name')}: of is {entry.get('of')!r}, expected a task with masks: {', '.join(masks) or 'none'}"
         for entry in entries
         if entry.get("kind") in DERIVED and entry.get("of") not in masks
     ]

@@ -3,6 +3,6 @@
 
 """From the experts' feature maps to logits."""
 
-from medmoe.decoders.fusion import FusionDecoder
+from medmoe.decoders.fusion import FusionDecoder, ImageHead, Refinement
 
-__all__ = ["FusionDecoder"]
+__all__ = ["FusionDecoder", "ImageHead", "Refinement"]

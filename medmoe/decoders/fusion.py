@@ -1,7 +1,7 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A light decoder for 2-D and 3-D that brings the feature maps of several experts together.
+"""A light decoder for 2-D and 3-D that brings the feature maps of several experts together, for one task or several.
 
 Maps of different experts are channel-normalized before they meet: their scales differ by orders of magnitude.
 """
@@ -9,13 +9,15 @@ Maps of different experts are channel-normalized before they meet: their scales 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmoe.errors import ConfigError, one_of
+from medmoe.tasks import Task
 
 FUSIONS = ("concat", "gated", "late")
 
@@ -68,26 +70,74 @@ class LevelProjection(nn.Module):
         return total
 
 
-class Head(nn.Module):
-    """From fused features on the common grid, and the image itself, to logits at full resolution."""
+class Decoded(NamedTuple):
+    """What a decoder gives.
 
-    def __init__(self, channels: int, in_channels: int, num_classes: int, spatial_dims: int, stem: int) -> None:
+    Attributes:
+        outputs: of each dense task, logits (B, C_t, H, W[, D]).
+        expert_outputs: the same of each expert by itself under late fusion, else empty.
+        auxiliary: scalar losses of routers, by name.
+    """
+
+    outputs: dict[str, Tensor]
+    expert_outputs: list[dict[str, Tensor]]
+    auxiliary: dict[str, Tensor]
+
+
+class Refinement(nn.Sequential):
+    """Two convolution blocks on the common grid, the same features for all tasks."""
+
+    def __init__(self, channels: int, tasks: Sequence[str], spatial_dims: int) -> None:
+        super().__init__(block(spatial_dims, channels, channels), block(spatial_dims, channels, channels))
+        self.tasks = tuple(tasks)
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features (B, C, h, w[, d]) of each task, and no losses."""
+        x = super().forward(x)
+        return dict.fromkeys(self.tasks, x), {}
+
+
+class Output(nn.Module):
+    """From a task's features on the common grid, and the stem's on the image, to logits at full resolution."""
+
+    def __init__(self, channels: int, stem: int, out: int, spatial_dims: int) -> None:
         super().__init__()
-        self.refine = nn.Sequential(block(spatial_dims, channels, channels), block(spatial_dims, channels, channels))
-        self.reduce = convolution(spatial_dims, channels, max(stem, 16), 1)
+        width = max(stem, 16)
+        self.reduce = convolution(spatial_dims, channels, width, 1)
+        self.merge = block(spatial_dims, width + stem, width)
+        self.logits = convolution(spatial_dims, width, out, 1)
+
+    def forward(self, features: Tensor, stem: Tensor | None, size: Sequence[int]) -> Tensor:
+        """Features (B, channels, h, w[, d]) and stem (B, stem, *size) -> (B, out, *size)."""
+        x = enlarge(self.reduce(features), size)
+        return self.logits(self.merge(x if stem is None else torch.cat([x, stem], 1)))
+
+
+class Head(nn.Module):
+    """All dense tasks from fused features and the image itself."""
+
+    def __init__(
+        self,
+        channels: int,
+        in_channels: int,
+        tasks: Sequence[Task],
+        spatial_dims: int,
+        stem: int,
+        refine: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.refine = refine(channels, [task.name for task in tasks], spatial_dims=spatial_dims)
         self.stem = None
         if stem:
             self.stem = nn.Sequential(block(spatial_dims, in_channels, stem), block(spatial_dims, stem, stem))
-        width = max(stem, 16)
-        self.merge = block(spatial_dims, width + stem, width)
-        self.logits = convolution(spatial_dims, width, num_classes, 1)
+        self.tasks = nn.ModuleDict({t.name: Output(channels, stem, t.channels, spatial_dims) for t in tasks})
 
-    def forward(self, features: Tensor, image: Tensor) -> Tensor:
-        """Features (B, channels, h, w[, D]) and image (B, C, H, W[, D]) -> (B, num_classes, H, W[, D])."""
-        x = enlarge(self.reduce(self.refine(features)), image.shape[2:])
-        if self.stem is not None:
-            x = torch.cat([x, self.stem(image)], 1)
-        return self.logits(self.merge(x))
+    def forward(self, features: Tensor, image: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features (B, channels, h, w[, d]) and image (B, C, H, W[, D]) -> logits of each task, and losses."""
+        refined, auxiliary = self.refine(features)
+        stem = None if self.stem is None else self.stem(image)
+        outputs = {name: task(refined[name], stem, image.shape[2:]) for name, task in self.tasks.items()}
+        return outputs, auxiliary
 
 
 class FusionDecoder(nn.Module):
@@ -96,12 +146,14 @@ class FusionDecoder(nn.Module):
     Args:
         widths: channels of each level of each expert.
         in_channels: of the image.
-        num_classes: channels of the logits.
+        tasks: the dense ones, at least one.
         spatial_dims: 2 or 3. In 3-D the experts' maps come slice by slice and the convolutions run over all axes.
         channels: width of the fused features.
         fusion: "concat": concatenated and projected; "gated": a softmax over the experts at each token; "late": a head
             for each expert, whose logits are summed, with a loss of its own each.
         stem: channels of the convolutions on the full-resolution image, which keep thin structures; 0 for none.
+        refine: makes what turns fused features into those of each task: :class:`Refinement` (plain, shared by the
+            tasks) or a partial :class:`medmoe.moe.FGMoE`.
 
     Raises:
         ConfigError: for an unknown fusion or a number of dimensions other than 2 and 3.
@@ -111,11 +163,12 @@ class FusionDecoder(nn.Module):
         self,
         widths: Sequence[Sequence[int]],
         in_channels: int,
-        num_classes: int,
+        tasks: Sequence[Task],
         spatial_dims: int = 2,
         channels: int = 64,
         fusion: str = "concat",
         stem: int = 8,
+        refine: Callable[..., nn.Module] = Refinement,
     ) -> None:
         super().__init__()
         one_of("fusion", fusion, FUSIONS)
@@ -129,10 +182,10 @@ class FusionDecoder(nn.Module):
         elif len(widths) > 1 and self.fusion == "concat":
             self.join = convolution(spatial_dims, channels * len(widths), channels, 1)
         heads = len(widths) if self.fusion == "late" else 1
-        self.heads = nn.ModuleList(Head(channels, in_channels, num_classes, spatial_dims, stem) for _ in range(heads))
+        self.heads = nn.ModuleList(Head(channels, in_channels, tasks, spatial_dims, stem, refine) for _ in range(heads))
 
-    def forward(self, maps: Sequence[Sequence[Tensor]], image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the logits of each expert under late fusion.
+    def forward(self, maps: Sequence[Sequence[Tensor]], image: Tensor) -> Decoded:
+        """Logits of every task, and those of each expert under late fusion.
 
         Args:
             maps: of each expert, each level (B, C, h, w); in 3-D (B * D, C, h, w), the slices of an image in a row.
@@ -140,10 +193,13 @@ class FusionDecoder(nn.Module):
         """
         grid = common_grid(image.shape[2:4])
         features = [self.unfold(levels(each, grid), image) for levels, each in zip(self.levels, maps, strict=True)]
-        if self.fusion == "late":
-            parts = [head(x, image) for head, x in zip(self.heads, features, strict=True)]
-            return torch.stack(parts).sum(0), parts
-        return self.heads[0](self.fuse(features), image), []
+        if self.fusion != "late":
+            outputs, auxiliary = self.heads[0](self.fuse(features), image)
+            return Decoded(outputs, [], auxiliary)
+        parts = [head(x, image) for head, x in zip(self.heads, features, strict=True)]
+        each = [outputs for outputs, _ in parts]
+        summed = {name: torch.stack([outputs[name] for outputs in each]).sum(0) for name in each[0]}
+        return Decoded(summed, each, mean_of([auxiliary for _, auxiliary in parts]))
 
     def unfold(self, x: Tensor, image: Tensor) -> Tensor:
         """(B * D, C, h, w) -> (B, C, h, w, D) in 3-D."""
@@ -158,3 +214,33 @@ class FusionDecoder(nn.Module):
             return self.join(together)
         weights = self.gate(together).softmax(1).unsqueeze(2)
         return (weights * torch.stack(list(features), 1)).sum(1)
+
+
+class ImageHead(nn.Module):
+    """Image-level tasks: the pooled outputs of all experts, concatenated, and one linear layer a task.
+
+    Concatenation and the single layer are what papers on prompted experts use; the channel norm before pooling brings
+    the experts to one scale (our reading).
+
+    Args:
+        widths: channels of the last level of each expert.
+        tasks: of kind "image", at least one.
+    """
+
+    def __init__(self, widths: Sequence[int], tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.tasks = nn.ModuleDict({task.name: nn.Linear(sum(widths), task.channels) for task in tasks})
+
+    def forward(self, maps: Sequence[Tensor], batch: int) -> dict[str, Tensor]:
+        """Logits (B, C_t) of each task from the experts' last maps (B * D, C, h, w); slices are averaged."""
+        pooled = [
+            norm(x.permute(0, 2, 3, 1)).mean((1, 2)).unflatten(0, (batch, -1)).mean(1)
+            for norm, x in zip(self.norms, maps, strict=True)
+        ]
+        return {name: task(torch.cat(pooled, 1)) for name, task in self.tasks.items()}
+
+
+def mean_of(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each loss over the heads."""
+    return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class Expert(nn.Module, ABC):
     level_widths: tuple[int, ...]
     adapter_targets: ClassVar[tuple[str, ...]] = ("qkv",)
     stages: tuple[range, ...]
+    after: Any
 
     def __init__(self) -> None:
         super().__init__()

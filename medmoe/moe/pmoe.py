@@ -17,7 +17,8 @@ The paper's equations are not public in full; these are our reading, each a cons
 Zp_k are the prompt outputs of the last site, Z_k the patch tokens pooled to at most 256. With exchange="params" only
 learned prompts cross between experts; with "activations" the other experts' prompt outputs do too, and in place of
 those a few pooled tokens of an expert that runs without prompts. Tokens of another width pass through a learned
-low-rank map.
+low-rank map. MoPE's prompts of a condition join X_k as one more group. With shared=True, an ablation that the paper's
+reviewers ask for, all experts have the same prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmoe.errors import ConfigError, one_of
-from medmoe.moe.routing import RoutingRecord, normalized_entropy
+from medmoe.moe.routing import Gates, RoutingRecord, normalized_entropy
 
 DISPATCHES = ("soft", "gate", "group", "topk", "attention", "none")
 FORMS = ("residual", "soft")
@@ -62,10 +63,12 @@ class State(NamedTuple):
     Attributes:
         patches: (B, D, h, w), the patch tokens on their grid; ``None`` for an expert that runs without prompts.
         outputs: (B, P, D'), the prompt outputs of the last site, or the context tokens of an expert without prompts.
+        condition: (B, n, D), prompts that a condition makes for this expert, or ``None``.
     """
 
     patches: Tensor | None
     outputs: Tensor | None
+    condition: Tensor | None = None
 
 
 class Source(NamedTuple):
@@ -184,9 +187,11 @@ class PMoE(nn.Module):
         top_k: tokens kept by dispatch="topk".
         rank: of the maps between experts of different width.
         max_patches: an expert's patch tokens are pooled to at most this many.
+        shared: all experts have the prompts of the first one, in their own width through a learned low-rank map where
+            that differs, in place of prompts of their own.
 
     Raises:
-        ConfigError: for an unknown dispatch, form or exchange, or when no expert is prompted.
+        ConfigError: for an unknown dispatch, form or exchange, numbers below 1, or when no expert is prompted.
     """
 
     def __init__(
@@ -199,21 +204,26 @@ class PMoE(nn.Module):
         top_k: int = 4,
         rank: int = 16,
         max_patches: int = 256,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.dispatch = one_of("dispatch", dispatch, DISPATCHES)
         self.exchange = one_of("exchange", exchange, EXCHANGES)
         one_of("form", form, FORMS)
-        if num_prompts < 1:
-            raise ConfigError(f"num_prompts={num_prompts}: at least one prompt is needed")
+        for name, value in (("num_prompts", num_prompts), ("top_k", top_k), ("rank", rank)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1")
         if not any(stream.prompted for stream in streams):
             raise ConfigError("no expert is prompted: prompt at least one, or leave the prompter out")
         self.streams, self.max_patches = tuple(streams), max_patches
+        self.owner = next(k for k, stream in enumerate(streams) if stream.prompted) if shared else None
         self.recording = False
         self.last: dict[tuple[int, int], tuple[Tensor, list[int], list[tuple[str, int]]]] = {}
         self.prompts: Any = nn.ModuleList(
-            nn.ParameterList([prompt_parameter(num_prompts, width, s.patch) for width in s.widths if s.prompted])
-            for s in streams
+            nn.ParameterList(
+                [prompt_parameter(num_prompts, width, s.patch) for width in s.widths if s.prompted and self.gives(k)]
+            )
+            for k, s in enumerate(streams)
         )
         mixes = dispatch != "none"
         self.dispatchers: Any = nn.ModuleList(
@@ -223,8 +233,16 @@ class PMoE(nn.Module):
             for s in streams
         )
         self.maps = nn.ModuleDict()
-        if mixes:
-            self.add_maps(rank)
+        self.add_maps(rank)
+
+    def gives(self, k: int) -> bool:
+        """Whether expert ``k`` has prompts of its own."""
+        return self.owner is None or k == self.owner
+
+    def own_prompts(self, k: int, site: int) -> Tensor:
+        """The expert prompt tokens (P, D) of expert ``k``."""
+        owner = k if self.owner is None else self.owner
+        return self.carry(self.prompts[owner][site], owner, k, self.streams[k].widths[site])
 
     @property
     def needs_outputs(self) -> bool:
@@ -244,10 +262,12 @@ class PMoE(nn.Module):
 
     def arriving_widths(self, j: int, k: int, site: int, giver: Stream) -> set[int]:
         """Widths of the tokens that expert ``j`` gives to expert ``k`` at ``site``: its prompts, outputs or context."""
-        exchanged = j == k or self.exchange == "activations"
+        mixes = self.dispatch != "none"
+        exchanged = mixes and (j == k or self.exchange == "activations")
         if not giver.prompted:
             return {giver.context} if exchanged else set()
-        return {giver.widths[site]} | ({giver.widths[site - 1]} if exchanged and site else set())
+        prompts = {giver.widths[site]} if self.gives(j) and (mixes or self.owner is not None) else set()
+        return prompts | ({giver.widths[site - 1]} if exchanged and site else set())
 
     @staticmethod
     def map_name(giver: int, receiver: int, foreign: int, width: int) -> str:
@@ -272,7 +292,7 @@ class PMoE(nn.Module):
 
     def dispatched(self, k: int, site: int, states: Sequence[State]) -> Tensor:
         """The prompts of expert ``k`` at ``site``."""
-        own = self.prompts[k][site]
+        own = self.own_prompts(k, site)
         if self.dispatch == "none":
             return own
         sources = self.sources(k, site, states)
@@ -287,12 +307,15 @@ class PMoE(nn.Module):
         width = self.streams[k].widths[site]
         patches = states[k].patches
         assert patches is not None  # a prompted expert always has patches
-        batch, slots = patches.shape[0], self.prompts[k][site].shape[0]
+        own = self.own_prompts(k, site)
+        batch, slots = patches.shape[0], own.shape[0]
         groups = []
         for j, giver in enumerate(self.streams):
-            if giver.prompted:
+            if j == k:
+                groups.append(Source("own prompts", k, spread(own, batch), True))
+            elif giver.prompted and self.owner is None:
                 prompts = self.carry(self.prompts[j][site], j, k, width)
-                groups.append(Source("own prompts" if j == k else "foreign prompts", j, spread(prompts, batch), True))
+                groups.append(Source("foreign prompts", j, spread(prompts, batch), True))
         for j in range(len(self.streams)):
             outputs = states[j].outputs
             if outputs is not None and (j == k or self.exchange == "activations"):
@@ -300,6 +323,9 @@ class PMoE(nn.Module):
                 kind = "own outputs" if j == k else "foreign outputs"
                 groups.append(Source(kind, j, outputs, outputs.shape[1] == slots and self.streams[j].prompted))
         groups.append(Source("patches", k, pool_patches(patches, self.max_patches), False))
+        condition = states[k].condition
+        if condition is not None:
+            groups.append(Source("condition", k, condition, False))
         return groups
 
     def routing(self) -> list[RoutingRecord]:
@@ -308,12 +334,26 @@ class PMoE(nn.Module):
         for k, site in sorted(self.last):
             weights, counts, labels = self.last[k, site]
             entropy = normalized_entropy(weights, 1).mean().item()
-            shares = weights.mean((0, 2)).split(counts)
             usage = {stream.name: 0.0 for stream in self.streams}
             sources: dict[str, float] = {}
-            for (kind, expert), share in zip(labels, shares, strict=True):
-                part = share.sum().item()
+            for (kind, expert), part in zip(labels, group_shares(weights, counts).mean(0).tolist(), strict=True):
                 usage[self.streams[expert].name] += part
                 sources[kind] = sources.get(kind, 0.0) + part
             records.append(RoutingRecord(self.streams[k].name, site, entropy, usage, sources))
         return records
+
+    def gates(self) -> list[Gates]:
+        """The share of each group of tokens in the prompts of each expert and site, image by image."""
+        found = []
+        for k, site in sorted(self.last):
+            weights, counts, labels = self.last[k, site]
+            names = tuple(
+                kind.replace("foreign ", "") + f" of {self.streams[j].name}" if j != k else kind for kind, j in labels
+            )
+            found.append(Gates("pmoe", self.streams[k].name, site, "", group_shares(weights, counts).cpu(), names))
+        return found
+
+
+def group_shares(weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """Weights (B, M, P) summed over the tokens of each of G groups and averaged over the slots, (B, G)."""
+    return torch.stack([group.sum(1).mean(1) for group in weights.split(list(counts), 1)], 1)

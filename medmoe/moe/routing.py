@@ -1,13 +1,13 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the routers of all four methods share: top-k, balance losses, how their weights are kept, summed up, reported."""
+"""What the routers of all four methods share: top-k, balance, and how their weights are summed up and reported."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class RoutingRecord(NamedTuple):
     router: str = "pmoe"
 
 
+@runtime_checkable
 class Router(Protocol):
     """A module that routes and can say how. It keeps nothing unless ``recording`` is set."""
 

@@ -1,8 +1,8 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Experts, prompter, adapters and decoder as one network."""
+"""Networks that experts, prompts, conditions, adapters and decoders make up together."""
 
-from medmoe.networks.segmenter import ExpertSegmenter, Parts
+from medmoe.networks.network import ExpertNetwork, Parts
 
-__all__ = ["ExpertSegmenter", "Parts"]
+__all__ = ["ExpertNetwork", "Parts"]

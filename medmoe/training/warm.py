@@ -12,7 +12,7 @@ from typing import Any
 from ignite.engine import Events
 from monai.engines import Trainer
 
-from medmoe.networks.segmenter import ExpertSegmenter, plain
+from medmoe.networks.network import ExpertNetwork, plain
 from medmoe.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class FillFeatureCache:
         network: whose caches are filled; where it has none, nothing happens.
     """
 
-    def __init__(self, network: ExpertSegmenter) -> None:
+    def __init__(self, network: ExpertNetwork) -> None:
         self.network = network
 
     def attach(self, trainer: Trainer) -> None:

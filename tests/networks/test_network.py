@@ -14,8 +14,8 @@ from torch import Tensor
 from medmoe.decoders import FusionDecoder
 from medmoe.errors import ConfigError
 from medmoe.moe import PMoE
-from medmoe.networks import ExpertSegmenter
-from medmoe.networks.segmenter import site_layers
+from medmoe.networks import ExpertNetwork
+from medmoe.networks.trunk import site_layers
 from medmoe.tuning import LoRA
 from tests.networks.small import small_tiny_vit, small_vit, swapped_experts
 
@@ -23,11 +23,11 @@ prompter = partial(PMoE, num_prompts=3)
 decoder = partial(FusionDecoder, channels=8, stem=4)
 
 
-def network(seed: int = 0, kinds: str = "vt", **settings: object) -> ExpertSegmenter:
+def network(seed: int = 0, kinds: str = "vt", **settings: object) -> ExpertNetwork:
     torch.manual_seed(seed)
     experts = [small_vit() if kind == "v" else small_tiny_vit() for kind in kinds]
     options = {"num_classes": 3, "decoder": decoder, "precision": "fp32", **settings}
-    return ExpertSegmenter(experts, **options)
+    return ExpertNetwork(experts, **options)
 
 
 VARIANTS = {
@@ -53,9 +53,13 @@ def test_every_variant_trains_only_what_it_declares(variant: str, spatial_dims: 
     for _ in range(2):  # LoRA's first factor has no gradient while the second is zero
         net.train()
         parts = net.parts(image)
-        assert parts.logits.shape == (2, 3, *image.shape[2:]) and parts.logits.dtype == torch.float32
+        assert (
+            parts.outputs["label"].shape == (2, 3, *image.shape[2:]) and parts.outputs["label"].dtype == torch.float32
+        )
         optimizer.zero_grad()
-        (parts.logits.square().mean() + sum(p.square().mean() for p in parts.expert_logits)).backward()
+        (
+            parts.outputs["label"].square().mean() + sum(p["label"].square().mean() for p in parts.expert_outputs)
+        ).backward()
         optimizer.step()
     for name, p in net.named_parameters():
         declared = name.startswith(("prompter.", "decoder.")) or "lora_" in name
@@ -79,7 +83,7 @@ def test_one_expert_without_dispatch_is_vpt_deep() -> None:
         x = torch.cat([y[:, :1], y[:, 4:]], 1)
         if index in expert.levels:
             maps.append(expert.vit.norm(x)[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
-    expected, _ = net.decoder([maps], image)
+    expected = net.decoder([maps], image).outputs["label"]
     assert (net(image) - expected).abs().max() < 1e-5
 
 
@@ -88,10 +92,10 @@ def test_an_expert_without_prompts_lends_context_frozen_or_adapted(rank: int) ->
     """What the unprompted expert sees reaches the other one's features, and every parameter takes part."""
     net = network(prompter=prompter, prompted=[True, False], adapters=[None, LoRA(rank)]).eval()
     image = torch.rand(2, 1, 32, 32)
-    before = net.features(image)[0][-1]
+    before = net.features(image)[0][0][-1]
     with torch.no_grad():
         net.experts[1].neck[-1].bias += torch.randn(12)
-    assert (net.features(image)[0][-1] - before).abs().max() > 1e-5
+    assert (net.features(image)[0][0][-1] - before).abs().max() > 1e-5
     net(image).square().mean().backward()
     assert not [name for name, p in net.trainable() if p.grad is None]
 
@@ -99,8 +103,8 @@ def test_an_expert_without_prompts_lends_context_frozen_or_adapted(rank: int) ->
 def test_an_adapted_expert_without_prompts_may_be_shallower_than_there_are_sites() -> None:
     torch.manual_seed(0)
     experts = [small_vit(4), small_vit(2)]
-    net = ExpertSegmenter(
-        experts, 3, prompter=prompter, prompted=[True, False], adapters=[None, LoRA(2)], precision="fp32"
+    net = ExpertNetwork(
+        experts, num_classes=3, prompter=prompter, prompted=[True, False], adapters=[None, LoRA(2)], precision="fp32"
     )
     assert net.num_sites == 4 and net(torch.rand(1, 1, 32, 32)).shape == (1, 3, 32, 32)
 
@@ -111,7 +115,7 @@ def test_permuting_the_experts_permutes_the_features() -> None:
     other = network(kinds="tv", prompter=prompter).eval()
     other.experts = torch.nn.ModuleList([one.experts[1], one.experts[0]])
     other.prompter.load_state_dict(swapped_experts(one.prompter.state_dict()))
-    for mine, theirs in zip(one.features(image), other.features(image)[::-1], strict=True):
+    for mine, theirs in zip(one.features(image)[0], other.features(image)[0][::-1], strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert (a - b).abs().max() < 1e-4
 
@@ -138,8 +142,8 @@ def test_slices_of_a_volume_are_images(spatial_dims: int) -> None:
     volume = torch.rand(2, 1, 32, 24, 5)
     folded = net.fold(volume)
     assert torch.equal(folded[7], volume[1, ..., 2])
-    whole = net.features(folded)
-    single = net.features(volume[1, None, ..., 2])
+    whole = net.features(folded)[0]
+    single = net.features(volume[1, None, ..., 2])[0]
     for a, b in zip(whole, single, strict=True):
         for m, n in zip(a, b, strict=True):
             assert (m[7] - n[0]).abs().max() < 1e-4
@@ -177,8 +181,8 @@ def test_cache_keeps_to_its_limit_and_skips_what_trains() -> None:
 def test_late_fusion_sums_the_experts_logits() -> None:
     net = network(decoder=partial(decoder, fusion="late"))
     parts = net.parts(torch.rand(1, 1, 32, 32))
-    assert len(parts.expert_logits) == 2
-    assert torch.allclose(parts.logits, parts.expert_logits[0] + parts.expert_logits[1])
+    assert len(parts.expert_outputs) == 2
+    assert torch.allclose(parts.outputs["label"], parts.expert_outputs[0]["label"] + parts.expert_outputs[1]["label"])
 
 
 @pytest.mark.parametrize("shape", [(40, 56), (40, 56, 6)])

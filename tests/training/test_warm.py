@@ -15,7 +15,7 @@ from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 
 from medmoe.data import CaseDataset, loader
 from medmoe.decoders import FusionDecoder
-from medmoe.networks import ExpertSegmenter
+from medmoe.networks import ExpertNetwork
 from medmoe.training.warm import FillFeatureCache
 from tests.networks.small import small_vit
 
@@ -35,9 +35,9 @@ def trainer_of(cases: int, steps: int, epochs: int, random: list[Any]) -> Any:
     return SimpleNamespace(state=state, data_loader=loader(dataset, steps_per_epoch=steps))
 
 
-def filled(trainer: Any) -> ExpertSegmenter:
+def filled(trainer: Any) -> ExpertNetwork:
     decoder = partial(FusionDecoder, channels=8, stem=4)
-    network = ExpertSegmenter([small_vit(1)], 2, decoder=decoder, precision="fp32", cache_bytes=2**26)
+    network = ExpertNetwork([small_vit(1)], 2, decoder=decoder, precision="fp32", cache_bytes=2**26)
     FillFeatureCache(network)(trainer)
     return network
 
