@@ -7,32 +7,52 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
+from torch import Tensor
 
 from medmoe.errors import ConfigError
 from medmoe.progress import Progress
 
+Condition = Mapping[str, Tensor] | None
+
 
 class WindowInferer(SlidingWindowInferer):
-    """MONAI's sliding window with progress, and -1 for an axis that is taken whole.
+    """MONAI's sliding window with progress, with -1 for an axis that is taken whole, for one task or several.
 
     An image that is smaller than the window is padded with zeros on both sides, exactly as in training: an expert
     resizes what it is given to its own size, so that without the padding it would see the image at another scale. An
-    image of the window's size is given to the network as it is. See :func:`sliding_window` for the arguments.
+    image of the window's size is given to the network as it is.
+
+    What a network says of the whole image is asked once, of the whole image, and never of windows. See
+    :func:`sliding_window` for the arguments.
     """
 
     def __init__(self, roi_size: Sequence[int], overlap: Sequence[float], sw_batch_size: int, description: str) -> None:
         super().__init__(tuple(roi_size), sw_batch_size, tuple(overlap), mode="gaussian")
         self.description = description
 
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Logits (B, K, H, W[, D]) of ``inputs`` (B, C, H, W[, D])."""
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Callable[..., Any], condition: Condition = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits of ``inputs`` (B, C, H, W[, D]).
+
+        Args:
+            inputs: images.
+            network: a :class:`medmoe.networks.ExpertNetwork`, or anything that gives logits (B, K, H, W[, D]).
+            condition: of each image; it goes with every window of its image.
+
+        Returns:
+            (B, K, H, W[, D]) where there is one dense task alone, else a dictionary: dense tasks (B, C_t, H, W[, D]),
+            image-level tasks (B, C_t).
+
+        Raises:
+            ConfigError: the image has not as many axes as the window.
+        """
         size = tuple(inputs.shape[2:])
         if len(size) != len(self.roi_size):
             raise ConfigError(
@@ -40,22 +60,65 @@ class WindowInferer(SlidingWindowInferer):
                 f"{tuple(self.roi_size)}. Set spatial_dims and roi_size to fit the data."
             )
         window = tuple(r if r > 0 else s for r, s in zip(self.roi_size, size, strict=True))
+        given = {} if condition is None else {"condition": condition}
+        dense = [task.dense for task in getattr(network, "tasks", ())]
+        if dense in ([], [True]):
+            return self.windows(inputs, network, window, given)
+        if all(w >= s for w, s in zip(window, size, strict=True)):
+            padded, inside = padded_to(window, inputs)
+            outputs = network.outputs(padded, **given)  # type: ignore[attr-defined]
+            return {name: logits[inside] if logits.dim() > 2 else logits for name, logits in outputs.items()}
+        outputs = {}
+        if any(dense):
+            outputs |= network.split(self.windows(inputs, network, window, given))  # type: ignore[attr-defined]
+        if not all(dense):
+            whole, _ = padded_to(window, inputs)
+            outputs |= network.image_outputs(whole, **given)  # type: ignore[attr-defined]
+        return outputs
+
+    def windows(
+        self, inputs: Tensor, network: Callable[..., Tensor], window: tuple[int, ...], given: Mapping[str, Any]
+    ) -> Tensor:
+        """Logits (B, K, H, W[, D]) from windows over every image."""
+        size = tuple(inputs.shape[2:])
         if window == size:
-            return network(inputs, *args, **kwargs)
+            return network(inputs, **given)
+        if given and len(inputs) > 1:  # a batch of windows may come from several images, a condition belongs to one
+            alone = [
+                self.windows(image, network, window, {"condition": part})
+                for image, part in zip(inputs.split(1), split_condition(given["condition"], len(inputs)), strict=True)
+            ]
+            return torch.cat(alone)
         fitted = copy.copy(self)  # a window of this image's own; the inferer itself may serve several threads
         fitted.roi_size = window
         run = super(WindowInferer, fitted).__call__
         if not self.description:
-            return run(inputs, network, *args, **kwargs)
+            return run(inputs, lambda batch: network(batch, **given))
         windows = len(inputs) * window_count(size, window, self.overlap)
         with Progress(self.description, windows) as progress:
 
-            def reporting(batch: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-                output = network(batch, *more, **named)
+            def reporting(batch: Tensor) -> Tensor:
+                output = network(batch, **given)
                 progress.advance(len(batch))
                 return output
 
-            return run(inputs, reporting, *args, **kwargs)
+            return run(inputs, reporting)
+
+
+def split_condition(condition: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The conditions (1, ...) of each of ``count`` images; one that there is of all goes to each."""
+    wide = {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+    return [{name: value[index : index + 1] for name, value in wide.items()} for index in range(count)]
+
+
+def padded_to(window: Sequence[int], image: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """``image`` with zeros on both sides where it is smaller than ``window``, and the index of the image in it."""
+    size = tuple(image.shape[2:])
+    before = [max(w - s, 0) // 2 for w, s in zip(window, size, strict=True)]
+    after = [max(w - s, 0) - b for w, s, b in zip(window, size, before, strict=True)]
+    pairs = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
+    inside = tuple(slice(b, b + s) for b, s in zip(before, size, strict=True))
+    return (F.pad(image, pairs) if any(pairs) else image), (..., *inside)
 
 
 def window_count(size: Sequence[int], window: Sequence[int], overlap: Sequence[float]) -> int:

@@ -5,8 +5,8 @@
 
 ``best.safetensors`` holds the trained tensors alone. ``last.safetensors`` also holds, below reserved prefixes, the
 optimizer's state by parameter name (``optimizer.<parameter>.<key>``) and the random number generators (``rng.*``).
-The header has one entry, ``medmoe``, in JSON: ``metadata`` (settings, experts with the sha256 of their weights, epoch
-and metric), ``state`` for resuming, and ``checksum``, the sha256 over all tensors. Equal trainings give equal files.
+The header has one entry, ``medmoe``, in JSON: ``metadata`` (settings, experts with the sha256 of their weights, tasks,
+conditions, epoch and metric), ``state`` for resuming, and ``checksum``, the sha256 over all tensors. Equal trainings give equal files.
 """
 
 from __future__ import annotations
@@ -31,10 +31,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import medmoe
+from medmoe.conditions import Schema
 from medmoe.errors import CheckpointError, ConfigError
 from medmoe.experts.weights import checksum
 from medmoe.files import atomic_path
-from medmoe.training.mismatch import expert_problems, setting_problems, tensor_problems
+from medmoe.tasks import Task
+from medmoe.training.mismatch import (
+    condition_problems,
+    expert_problems,
+    setting_problems,
+    task_problems,
+    tensor_problems,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +59,8 @@ class Metadata:
     Attributes:
         settings: the bundle's top-level settings, literals only.
         experts: name, sha256 and domain of every expert, in order.
+        tasks: the fields of every :class:`medmoe.tasks.Task`, in order.
+        conditions: a :class:`medmoe.conditions.Schema` in JSON; ``None`` without conditions.
         epoch: epochs that were finished, from 1.
         metric_name: the validation metric that chose the best checkpoint; empty without validation.
         metric: its value at ``epoch``; ``None`` without validation.
@@ -60,6 +70,8 @@ class Metadata:
 
     settings: dict[str, Any] = field(default_factory=dict)
     experts: list[dict[str, str]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    conditions: dict[str, Any] | None = None
     epoch: int = 0
     metric_name: str = ""
     metric: float | None = None
@@ -84,6 +96,18 @@ def expert_identities(network: nn.Module) -> list[dict[str, str]]:
     return [{"name": expert.name, "sha256": expert.sha256, "domain": expert.domain} for expert in experts]
 
 
+def descriptions(network: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says of ``network`` beside its tensors: experts, tasks and conditions, as JSON gives it back."""
+    tasks: Iterable[Any] = getattr(network, "tasks", ())
+    schema: Any = getattr(network, "schema", None)
+    described = {
+        "experts": expert_identities(network),
+        "tasks": [asdict(task) for task in tasks],
+        "conditions": None if schema is None else schema.to_json(),
+    }
+    return dict(json.loads(json.dumps(described)))
+
+
 def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The live tensors that training changes: parameters that require a gradient, and buffers outside the experts."""
 
@@ -104,8 +128,8 @@ def save_checkpoint(
 
     Args:
         path: a ``.safetensors`` file.
-        network: with ``experts``.
-        metadata: its experts are replaced by those of ``network``.
+        network: with ``experts``, and where it has them ``tasks`` and a ``schema`` of conditions.
+        metadata: its experts, tasks and conditions are replaced by those of ``network``.
         extra: further tensors, named below ``optimizer.`` or ``rng.``.
         state: further JSON values, for resuming.
 
@@ -114,7 +138,7 @@ def save_checkpoint(
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(network).items()}
     tensors.update(extra or {})
-    described = {**asdict(metadata), "experts": expert_identities(network)}
+    described = {**asdict(metadata), **descriptions(network)}
     header = {"metadata": described, "state": state or {}, "checksum": checksum(tensors)}
     content = save(tensors, metadata={"medmoe": json.dumps(header)})
     try:
@@ -161,6 +185,17 @@ def parse_metadata(path: str | os.PathLike[str], header: Mapping[str, Any]) -> M
         return Metadata(**described)
     except (TypeError, KeyError) as error:
         raise damaged(path, str(error)) from error
+
+
+def tasks_of(path: str | os.PathLike[str]) -> list[Task]:
+    """The tasks that checkpoint ``path`` was trained for."""
+    return [Task(**{**entry, "names": tuple(entry["names"])}) for entry in read_metadata(path).tasks]
+
+
+def conditions_of(path: str | os.PathLike[str]) -> Schema | None:
+    """The conditions of checkpoint ``path``, with means and categories of its training cases; ``None`` without any."""
+    content = read_metadata(path).conditions
+    return None if content is None else Schema.from_json(content)
 
 
 def damaged(path: str | os.PathLike[str], detail: str) -> CheckpointError:
@@ -218,6 +253,8 @@ def put_tensors(
     own = trained_tensors(network)
     problems = expert_problems(metadata.experts, expert_identities(network))
     problems += setting_problems(metadata.settings, literals(settings or {}))
+    problems += task_problems(metadata.tasks, descriptions(network)["tasks"])
+    problems += condition_problems(metadata.conditions, descriptions(network)["conditions"])
     problems = problems or tensor_problems(trained, own)
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit this network:\n  " + "\n  ".join(problems))

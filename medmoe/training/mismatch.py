@@ -78,6 +78,38 @@ def expert_problems(saved: Sequence[Mapping[str, str]], own: Sequence[Mapping[st
     return [f"it was trained with the experts {names(saved)}; this network has {names(own)}"]
 
 
+def task_problems(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line that names both lists of tasks where they differ; their targets and weights may.
+
+    Names of the classes of plain segmentation may differ too: they come with the data. A checkpoint of before there
+    were tasks has none.
+    """
+
+    def output(task: Mapping[str, Any]) -> str:
+        names = "" if task["name"] == "label" else f": {', '.join(task['names'])}"
+        return f"{task['name']} ({task['kind']}, {len(task['names'])} channels{names})"
+
+    def outputs(tasks: Sequence[Mapping[str, Any]]) -> str:
+        return "; ".join(map(output, tasks))
+
+    if not saved or not own or outputs(saved) == outputs(own):
+        return []
+    return [f"it was trained for the tasks {outputs(saved)}; this network has {outputs(own)}"]
+
+
+def condition_problems(saved: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> list[str]:
+    """A line that names both lists of conditions where they, or what was learned of the training cases, differ."""
+
+    def columns(schema: Mapping[str, Any] | None) -> str:
+        return ", ".join(f"{column['name']} ({column['kind']})" for column in (schema or {}).get("columns", ())) or "none"
+
+    if saved == own:
+        return []
+    if columns(saved) != columns(own):
+        return [f"it was trained with the conditions {columns(saved)}; this network has {columns(own)}"]
+    return [f"means, categories or text encoder of its conditions ({columns(own)}) are not those of this network"]
+
+
 def tensor_problems(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], limit: int = 5) -> list[str]:
     """Tensors that are missing, left over or of another shape; at most ``limit`` of each."""
     missing = [f"{name} is not in the checkpoint" for name in own if name not in saved]

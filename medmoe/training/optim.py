@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -15,12 +16,26 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medmoe.errors import ConfigError, MedMoEError
 
-PARTS = {"prompter": "prompts", "experts": "adapters", "decoder": "decoder"}
+PARTS = {
+    "prompter": "prompts",
+    "conditioner": "conditions",
+    "experts": "adapters",
+    "decoder": "decoder",
+    "tasks": "tasks",
+}
+ROUTERS = re.compile(r"(^|\.)(dispatchers|routers?|gates?|image_query|condition_query)\.|^conditioner\..*\.key$")
+"""Names of parameters that decide about routes: pMoE's dispatchers, MoPE's queries and learned keys, and whatever lies
+below a module that is called so."""
 
 
 def part_of(name: str) -> str:
-    """The part of the network that parameter ``name`` belongs to: prompts, adapters, decoder or other."""
+    """The part of the network that parameter ``name`` belongs to: prompts, conditions, adapters, decoder, tasks."""
     return PARTS.get(name.split(".", 1)[0], "other")
+
+
+def is_router(name: str) -> bool:
+    """Whether parameter ``name`` decides about routes."""
+    return ROUTERS.search(name) is not None
 
 
 def parameter_counts(network: nn.Module) -> dict[str, int]:
@@ -34,32 +49,47 @@ def parameter_counts(network: nn.Module) -> dict[str, int]:
     return counts
 
 
-def parameter_groups(network: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: prompts undecayed at ``prompt_lr``; the rest at ``lr``, matrices and kernels decayed."""
+def parameter_groups(
+    network: nn.Module, lr: float, prompt_lr: float, weight_decay: float, router_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: prompts undecayed at ``prompt_lr``; the rest at ``lr``, matrices and kernels decayed.
+
+    With ``router_lr``, what routes has groups of its own at that rate, decayed or not as without it.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         part = part_of(name)
-        decay = weight_decay if part != "prompts" and parameter.ndim >= 2 else 0.0
-        key = part if decay or part == "prompts" else f"{part}_undecayed"
-        rate = prompt_lr if part == "prompts" else lr
+        prompts = part == "prompts" or (part == "conditions" and "prompts" in name.split("."))
+        decay = weight_decay if not prompts and parameter.ndim >= 2 else 0.0
+        key = part if decay or part == "prompts" else f"{part}_prompts" if prompts else f"{part}_undecayed"
+        rate = prompt_lr if prompts else lr
+        if router_lr is not None and is_router(name):
+            key, rate = f"{key}_routers", router_lr
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def optimizer(
-    network: nn.Module, lr: float = 1e-3, prompt_lr: float = 1e-2, weight_decay: float = 0.01, clip: float = 5.0
+    network: nn.Module,
+    lr: float = 1e-3,
+    prompt_lr: float = 1e-2,
+    weight_decay: float = 0.01,
+    clip: float = 5.0,
+    router_lr: float | None = None,
 ) -> AdamW:
     """AdamW over what trains in ``network``; gradients are clipped right before every step.
 
     Args:
-        network: with parameters below ``prompter.``, ``experts.`` and ``decoder.``.
-        lr: learning rate of adapters and decoder, above 0.
-        prompt_lr: learning rate of prompts and dispatchers, above 0.
-        weight_decay: of matrices and kernels outside the prompter; biases, norms and scalars have none.
+        network: with parameters below ``prompter.``, ``conditioner.``, ``experts.``, ``decoder.`` and ``tasks.``.
+        lr: learning rate of adapters, decoder, heads and condition encoder, above 0.
+        prompt_lr: learning rate of the prompter and of prompts that conditions choose, above 0.
+        weight_decay: of matrices and kernels that are neither prompts nor in the prompter; biases, norms and scalars
+            have none.
         clip: largest norm of all gradients together; 0 does not clip.
+        router_lr: learning rate of what routes, above 0, see :func:`is_router`; ``None`` for that of its part.
 
     Raises:
         ConfigError: where nothing trains, or a rate is out of range.
@@ -69,7 +99,9 @@ def optimizer(
             f"lr ({lr}) and prompt_lr ({prompt_lr}) must be above 0, "
             f"weight_decay ({weight_decay}) and clip ({clip}) at least 0"
         )
-    groups = parameter_groups(network, lr, prompt_lr, weight_decay)
+    if router_lr is not None and router_lr <= 0:
+        raise ConfigError(f"router_lr is {router_lr}: expected a rate above 0, or null for that of each router's part")
+    groups = parameter_groups(network, lr, prompt_lr, weight_decay, router_lr)
     if not groups:
         raise ConfigError("nothing in the network trains: no parameter requires a gradient")
     result = AdamW(groups, lr=lr, weight_decay=weight_decay)

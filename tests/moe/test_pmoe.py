@@ -179,8 +179,6 @@ def test_a_condition_reaches_the_prompts_and_its_share_is_told(dispatch: str) ->
         state._replace(condition=torch.randn(BATCH, 3, stream.widths[1]))
         for state, stream in zip(given, pmoe.streams, strict=True)
     ]
-        s._replace(condition=torch.randn(BATCH, 3, p.widths[1])) for s, p in zip(given, pmoe.streams, strict=True)
-    ]
     without = prompts(pmoe, 1, given)
     for a, b in zip(without, prompts(pmoe, 1, conditioned), strict=True):
         assert (a - b).abs().max() > 1e-6
