@@ -49,6 +49,16 @@ def one_each(name: str, values: object, count: int) -> list[object]:
     return each
 
 
+def check_grid(expert: Expert) -> None:
+    """Refuses an expert whose view is one patch: a single token has no grid that could be laid over another's."""
+    size = getattr(expert, "image_size", None)
+    if size is not None and round(size / expert.patch) < 2:
+        raise ConfigError(
+            f"{expert.name or 'an expert'} sees images at {size} pixels with patches of {expert.patch}: its grid of one "
+            f"token cannot be aligned with another expert's. Expected a size of at least {2 * expert.patch}"
+        )
+
+
 def attach(adapters: Any, expert: Expert) -> bool:
     """Puts one adapter, or several, into ``expert``; says whether anything now trains."""
     chosen: list[Adapter | None] = list(adapters) if isinstance(adapters, list | tuple) else [adapters]
@@ -71,8 +81,8 @@ class ExpertTrunk(nn.Module):
             are always appended.
         condition_expert: which expert encodes the second image of a condition, counted from 0.
         prompted: whether each expert receives prompts; one value or one for each.
-        adapters: such as :class:`medmoe.tuning.LoRA`, a list of them, or ``None``; one value or, as a list, one for
-            each expert.
+        adapters: such as :class:`medmoe.tuning.LoRA`, or ``None``; one for all experts or, as a list, an entry for each
+            expert, which may itself be a list of adapters.
         num_sites: prompt sites, spread evenly over each expert's layers. Defaults to the depth of the shallowest
             prompted expert, so that it has one at every layer.
         site_range: first and last site (inclusive) that have prompts, counted from 0. Defaults to all. What lies before
@@ -104,6 +114,8 @@ class ExpertTrunk(nn.Module):
         super().__init__()
         if not experts:
             raise ConfigError("a network needs at least one expert")
+        for expert in experts:
+            check_grid(expert)
         self.precision, self.activation_checkpointing = precision, activation_checkpointing
         self.experts = nn.ModuleList(experts)
         flags = one_each("prompted", prompted, len(experts))
@@ -256,7 +268,8 @@ class ExpertTrunk(nn.Module):
             for site in range(self.num_sites):
                 for k in live:
                     states[k] = self.encoders[k].enter(self.sites[k][site].start, states[k])
-                prompts, routed = self.maybe_again(self.prompts_at, site, states, seen, psi)
+                # Copies, because what is computed again must see the states of now.
+                prompts, routed = self.maybe_again(self.prompts_at, site, dict(states), list(seen), psi)
                 weights += routed
                 for k in live:
                     states[k], seen[k], levels = self.maybe_again(self.run_site, k, site, states[k], prompts[k])

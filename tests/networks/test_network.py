@@ -251,6 +251,12 @@ def test_wrong_settings_and_images() -> None:
     wrong("LoRA targets", adapters=LoRA(2, targets=["query"]))
 
 
+def test_an_expert_of_one_token_cannot_be_aligned() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match=r"8 pixels .*at least 16"):
+        ExpertNetwork([small_vit(image_size=8), small_tiny_vit()])
+
+
 def test_lora_of_rank_zero_is_no_adapter() -> None:
     assert network(adapters=LoRA(0)).live == [False, False]
 
