@@ -27,8 +27,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 GENERAL = {"medical": None}
 MEDICAL = {"general": None}
-PLAIN = {"num_prompts": 0, "general_lora": 0, "medical_lora": 0}
-VPT = {"dispatch": "none", "general_lora": 0, "medical_lora": 0}
+PLAIN = {"prompter": "none", "general_lora": 0, "medical_lora": 0}
+VPT = {"prompter": "vpt", "general_lora": 0, "medical_lora": 0}
 PMOE = {"fusion": "late", "general_lora": 0, "medical_lora": 0}
 CHEAP = {"prompt_medical": False, "general_lora": 8, "medical_lora": 0, "fusion": "late"}
 
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "both, LoRA": {**PLAIN, "general_lora": 8, "medical_lora": 8, "fusion": "late"},
     "both, pMoE": PMOE,
     "both, pMoE + LoRA": {**PMOE, "general_lora": 8, "medical_lora": 8},
-    "both, medical untouched, LoRA": {**CHEAP, "num_prompts": 0},
+    "both, medical untouched, LoRA": {**CHEAP, "prompter": "none"},
     "both, medical untouched, pMoE + LoRA": CHEAP,
 }
 AVERAGES = {

@@ -1,7 +1,7 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line ``medmoe``: experts, checks, information and prediction. Training goes through MONAI bundles.
+"""The command line ``medmoe``: experts, checks, costs, prediction and how it came about. Training is through bundles.
 
 Exit codes: 0 done; 2 something that the user can put right, said in one message; 130 interrupted by Ctrl-C.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from medmoe import __version__
-from medmoe.errors import ExpertError, MedMoEError
+from medmoe.errors import ConfigError, ExpertError, MedMoEError
 
 # Heavy libraries are imported by the commands that need them, so that `medmoe --help` answers at once.
 
@@ -150,6 +150,81 @@ def predict_masks(
 
     masks = predict(input, output, checkpoint, overlay=overlay)
     typer.echo(f"{len(masks)} mask{'' if len(masks) == 1 else 's'} in {output}")
+
+
+@app.command("explain")
+def explain_routing(
+    input: Annotated[Path, typer.Argument(help="An image file, a DICOM series' folder, or a folder of either.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the pictures, <case>/<router>.png, and routing.csv.")],
+    checkpoint: Annotated[Path, typer.Option(help="Of a training run; it knows its settings and experts.")],
+) -> None:
+    """Draws how the routers (pMoE, MoPE, AdaRoute, FGMoE) of a trained network treated every image."""
+    from medmoe.inference.explain import explain
+
+    files = explain(input, output, checkpoint)
+    typer.echo(f"{len(files) - 1} pictures, and all shares in {files[-1]}")
+
+
+@app.command("cost")
+def cost_of_bundle(
+    files: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="A bundle, and files on top of it.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the bundle; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON instead of a table.")] = False,
+) -> None:
+    """Shows what a bundle's network costs: parameters, arithmetic, memory, checkpoint. It needs no data set."""
+    import json
+
+    from medmoe.training.card import bundle_cost
+
+    card = bundle_cost(files, dict(map(name_and_value, settings or [])))
+    if as_json:
+        typer.echo(json.dumps(card, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(cost_table(card))
+    console.print("\n".join(cost_lines(card)), highlight=False)
+
+
+def name_and_value(text: str) -> tuple[str, Any]:
+    """``"lr=0.1"`` as name and value; what is no JSON is a string."""
+    import json
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: expected NAME=VALUE, such as num_prompts=5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def cost_table(card: dict[str, Any]) -> Any:
+    """Parameters and arithmetic by part as a table of rich."""
+    from rich.table import Table
+
+    table = Table("part", title="x".join(map(str, card["image"])) + " image")
+    for column in ("trainable", "frozen", "GFLOPs"):
+        table.add_column(column, justify="right")
+    for name, part in {**card["parts"], "total": card["total"]}.items():
+        if name == "total":
+            table.add_section()
+        table.add_row(name, f"{part['trainable']:,}", f"{part['frozen']:,}", f"{part['flops'] / 1e9:.2f}")
+    return table
+
+
+def cost_lines(card: dict[str, Any]) -> list[str]:
+    """What is left to say of a cost card."""
+    saved = f"{card['saved_bytes'] / 2**20:,.1f} MiB"
+    return [
+        "trainable: of an expert its adapters. GFLOPs: one forward pass, two for each multiplication",
+        "with its addition; no norms, activations, interpolation.",
+        f"saved for the backward pass of a training step: {saved} (on {card['device']})",
+        f"checkpoint: {card['checkpoint_bytes'] / 1e6:,.2f} MB",
+    ]
 
 
 @app.command()

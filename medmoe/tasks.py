@@ -33,7 +33,7 @@ class Task:
         names: of the channels. For "classes" and "image" they are the classes.
         target: where the data have it: the folder of the masks ("" is the usual one), or a column of the table.
         of: the task whose masks a "boundary" or "distance" follows.
-        weight: of its loss, above 0.
+        weight: of its loss, 0 or more. With 0 it is there for what is made of it, and does not train.
     """
 
     name: str
@@ -146,6 +146,6 @@ def _own(entry: Mapping[str, Any]) -> list[str]:
     elif not isinstance(names, list | tuple) or len(names) < least or len(set(map(str, names))) < len(names):
         found.append(f"names: found {names!r}, expected a list of at least {least} different names")
     weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        found.append(f"weight: found {weight!r}, expected a number above 0")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        found.append(f"weight: found {weight!r}, expected a number of at least 0")
     return found

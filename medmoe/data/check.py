@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from medmoe.data.datalist import NIFTI_SUFFIXES, Case, suffix_of
+from medmoe.conditions import Schema
+from medmoe.data.conditions import is_number
+from medmoe.data.datalist import NIFTI_SUFFIXES, Case, is_plain, suffix_of
 from medmoe.data.datalist import class_names as names_of_classes
-from medmoe.data.transforms import SAME_PLACE, distance_in_voxels, header_findings, reader_for, shape_problem
+from medmoe.data.reading import SAME_PLACE, distance_in_voxels, header_findings, reader_for
+from medmoe.data.steps import shape_problem
+from medmoe.data.targets import is_labelled
 from medmoe.errors import ConfigError, DataError, one_line
 from medmoe.progress import Progress
+from medmoe.tasks import UNLABELLED, Task, single_task
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class Report:
         warnings: what may be meant so.
         sizes: cases by split.
         shapes: cases by shape of the image.
-        classes: for each class by name, how many training cases have it.
+        classes: for each class by name (with several tasks ``task: name``), how many training cases have it.
     """
 
     dataset_dir: str = ""
@@ -66,13 +71,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the settings say about every case."""
+    """What the settings say about every case. ``tasks`` are those with targets of their own."""
 
-    num_classes: int
+    tasks: tuple[Task, ...]
+    plain: bool
     spatial_dims: int
     in_channels: int
     label_threshold: float | None
     intensity: str | Sequence[float]
+    schema: Schema | None
 
 
 class Content(NamedTuple):
@@ -97,64 +104,141 @@ def check_cases(
     class_names: Sequence[str] = (),
     intensity: str | Sequence[float] = "percentile",
     dataset_dir: str | os.PathLike[str] = "",
+    tasks: Sequence[Task] | None = None,
+    schema: Schema | None = None,
 ) -> Report:
-    """Reads every image and label once and compares them with the settings and with each other.
+    """Reads every image and every mask once and compares them with the settings and with each other.
 
     Problems are files that are missing, empty, truncated or of another kind; wrong dimensions or channels; affines that
     are not finite or singular; NaN or infinite voxels; labels of another shape or place than their image, or with
-    values outside the classes; a split without cases. A class that no training case has is a warning.
+    values outside the classes; a split without cases; a task without a labelled training case; conditions that are text
+    where a number belongs, or images of another kind. A class that no training case has is a warning, and so is a
+    category that only cases outside the training split have.
 
     Args:
-        splits: cases by split, from :func:`medmoe.data.datalist.datalists`.
+        splits: cases by split, from :func:`medmoe.data.datalists`.
+        num_classes: of plain segmentation.
         class_names: for the messages; those of the data set where empty.
         dataset_dir: for the messages.
+        tasks: as for :func:`medmoe.data.datalists`.
+        schema: of the conditions.
 
     Raises:
         ConfigError: a threshold with more than two classes.
     """
-    if label_threshold is not None and num_classes != 2:
-        raise ConfigError(f"label_threshold makes masks of 2 classes, but num_classes is {num_classes}.")
-    expected = Expected(num_classes, spatial_dims, in_channels, label_threshold, intensity)
+    plain = is_plain(tasks)
+    if plain or not tasks:
+        tasks = single_task(num_classes, names_of_classes(dataset_dir, num_classes, class_names))
+    own = tuple(task for task in tasks if not task.derived)
+    many = [task for task in own if task.kind == "classes" and len(task.names) != 2]
+    if label_threshold is not None and many:
+        found = f"num_classes is {num_classes}" if plain else f"task {many[0].name} has {len(many[0].names)}"
+        raise ConfigError(f"label_threshold makes masks of 2 classes, but {found}.")
+    expected = Expected(own, plain, spatial_dims, in_channels, label_threshold, intensity, schema)
     sizes = {split: len(cases) for split, cases in splits.items()}
     report = Report(str(dataset_dir), sum(sizes.values()), sizes=sizes)
     report.problems += [f"split {name!r} has no cases" for name in ("train", "validation") if not splits.get(name)]
-    seen: Counter[int] = Counter()
+    seen: Counter[tuple[str, int]] = Counter()
     with Progress("checking cases", report.num_cases) as progress:
         for split, cases in splits.items():
             for case in cases:
                 present = _check_case(case, expected, report)
                 seen.update(present if split == "train" else ())
                 progress.advance(note=case["case"])
-    names = names_of_classes(dataset_dir, num_classes, class_names)
-    report.classes = {name: seen[index] for index, name in enumerate(names)}
-    report.warnings += _absent_classes(report.classes, sizes.get("train", 0))
+    for task in own:
+        _count_classes(task, seen, expected, report, splits.get("train", ()))
+    report.warnings += _new_categories(splits, schema)
     return report
 
 
-def _absent_classes(classes: Mapping[str, int], cases: int) -> list[str]:
-    absent = [(index, name) for index, (name, count) in enumerate(classes.items()) if index and not count]
-    return [f"class {index} ({name}) occurs in none of the {cases} training cases" for index, name in absent if cases]
+def _count_classes(
+    task: Task, seen: Mapping[tuple[str, int], int], expected: Expected, report: Report, cases: Sequence[Case]
+) -> None:
+    """Adds to the report in how many training cases each class of a task occurs, and what that means."""
+    counts = {name: seen.get((task.name, index), 0) for index, name in enumerate(task.names)}
+    report.classes |= {name if expected.plain else f"{task.name}: {name}": count for name, count in counts.items()}
+    if not cases:
+        return
+    if not expected.plain and not any(is_labelled(task, case[task.name]) for case in cases):
+        report.problems.append(f"task {task.name}: none of the {len(cases)} training cases is labelled")
+        return
+    background = int(task.kind == "classes")
+    absent = [(index, name) for index, name in enumerate(task.names) if index >= background and not counts[name]]
+    if background and len(absent) == len(task.names) - 1 and seen.get((task.name, UNLABELLED)) and not expected.plain:
+        report.problems.append(
+            f"task {task.name}: no training case has any of its classes, but {UNLABELLED}, which means not labelled; "
+            "pass --label_threshold 127 if these are masks"
+        )
+        return
+    where = f"occurs in none of the {len(cases)} training cases"
+    start = "" if expected.plain else f"task {task.name}: "
+    report.warnings += [f"{start}class {index} ({name}) {where}" for index, name in absent]
 
 
-def _check_case(case: Case, expected: Expected, report: Report) -> set[int]:
-    """Adds what is wrong with one case to the report. Returns the classes that its label has."""
+def _new_categories(splits: Mapping[str, Sequence[Case]], schema: Schema | None) -> list[str]:
+    """Categories of other cases that the training cases do not have."""
+    found = []
+    for column in schema.of_kind("category") if schema else ():
+        values = [case.get("condition", {}).get(column.name) for cases in splits.values() for case in cases]
+        new = Counter(value for value in values if value is not None and value not in column.values)
+        found += [
+            f"condition {column.name}: {value!r}, in {count} cases, was never seen in training: it counts as missing"
+            for value, count in new.items()
+        ]
+    return found
+
+
+def _check_case(case: Case, expected: Expected, report: Report) -> set[tuple[str, int]]:
+    """Adds what is wrong with one case to the report. Returns which classes it has, by task."""
     contents: dict[str, Content] = {}
     problems: list[str] = []
-    for role, files in (("image", case["image"]), ("label", case["label"])):
+    masks = {role: (task, index, file) for task in expected.tasks for role, index, file in _masks_of(task, case)}
+    files = {"image": case["image"], **{role: file for role, (_, _, file) in masks.items()}, **_second(case, expected)}
+    for role, paths in files.items():
         try:
-            contents[role] = _read([files] if isinstance(files, str) else files, role == "label")
+            contents[role] = _read([paths] if isinstance(paths, str) else paths, role in masks)
         except Unusable as problem:
             problems.append(f"{role} {problem}")
-    image, label = contents.get("image"), contents.get("label")
+    image = contents.get("image")
+    for role, content in contents.items():
+        if role in masks:
+            found = _label_problems(content, image, expected, masks[role][0])
+        else:
+            found = _image_problems(content, expected, second=role != "image")
+        problems += [f"{role}: {problem}" for problem in found]
     if image is not None:
         report.shapes[image.array.shape[1:]] += 1
-        problems += [f"image: {problem}" for problem in _image_problems(image, expected)]
-    if label is not None:
-        problems += [f"label: {problem}" for problem in _label_problems(label, image, expected)]
-    report.problems += [f"{case['case']}: {problem}" for problem in problems]
+    report.problems += [f"{case['case']}: {problem}" for problem in [*problems, *_condition_problems(case, expected)]]
     for role, content in contents.items():
         report.warnings += [f"{case['case']}: {role}: {remark}" for remark in content.remarks]
-    return set() if label is None else _classes(label.array, expected)
+    present = {(task.name, case[task.name]) for task in expected.tasks if not task.dense}
+    for role, (task, index, _) in masks.items():
+        if role in contents:
+            present |= {(task.name, value) for value in _present(contents[role].array, task, index, expected)}
+    return present
+
+
+def _masks_of(task: Task, case: Case) -> Iterator[tuple[str, int, str]]:
+    """The masks of a task that a case has: how to call each, its channel and its file."""
+    files = case[task.name]
+    if task.kind == "classes" and files:
+        yield task.name, 0, files
+    elif task.kind == "labels":
+        yield from ((f"{task.name} {task.names[k]}", k, file) for k, file in enumerate(files or ()) if file)
+
+
+def _second(case: Case, expected: Expected) -> dict[str, Any]:
+    """The second image of a case, if it has one."""
+    columns = expected.schema.of_kind("image") if expected.schema else ()
+    found = {f"condition {column.name}": case.get("condition", {}).get(column.name) for column in columns}
+    return {role: files for role, files in found.items() if files}
+
+
+def _condition_problems(case: Case, expected: Expected) -> Iterator[str]:
+    for column in expected.schema.of_kind("number") if expected.schema else ():
+        value = case.get("condition", {}).get(column.name)
+        if value is not None and not is_number(value):
+            yield f"condition {column.name}: found {value!r}, expected a number"
 
 
 def _read(files: Sequence[str], label: bool) -> Content:
@@ -211,21 +295,26 @@ def _finite(array: npt.NDArray[Any]) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
-def _image_problems(image: Content, expected: Expected) -> Iterator[str]:
+def _image_problems(image: Content, expected: Expected, second: bool) -> Iterator[str]:
     yield from image.problems
-    problem = shape_problem(image.array.shape, expected.spatial_dims, expected.in_channels)
-    if problem:
-        yield problem
+    if second and expected.schema:
+        channels = expected.schema.image_channels
+        if image.array.ndim != expected.spatial_dims + 1 or image.array.shape[0] != channels:
+            yield f"its shape is {image.array.shape}, expected {channels} channels and {expected.spatial_dims} axes"
+    else:
+        problem = shape_problem(image.array.shape, expected.spatial_dims, expected.in_channels)
+        if problem:
+            yield problem
     if not _finite(image.array):
         yield f"{np.count_nonzero(~np.isfinite(image.array))} voxels are NaN or infinite"
-    elif expected.intensity == "unit" and not 0 <= image.array.min() <= image.array.max() <= 255:
+    elif not second and expected.intensity == "unit" and not 0 <= image.array.min() <= image.array.max() <= 255:
         yield (
             f"intensities from {image.array.min():g} to {image.array.max():g}, but intensity is 'unit' (0 to 255): "
             "pass --intensity percentile, or a window"
         )
 
 
-def _label_problems(label: Content, image: Content | None, expected: Expected) -> Iterator[str]:
+def _label_problems(label: Content, image: Content | None, expected: Expected, task: Task) -> Iterator[str]:
     yield from label.problems
     if label.array.shape[0] != 1:
         yield f"it has {label.array.shape[0]} channels, expected one class number for each voxel"
@@ -233,8 +322,9 @@ def _label_problems(label: Content, image: Content | None, expected: Expected) -
         yield from _mismatches(label, image)
     if not _finite(label.array):
         yield f"{np.count_nonzero(~np.isfinite(label.array))} voxels are NaN or infinite"
-    elif expected.label_threshold is None:
-        yield from _value_problems(label.array, expected.num_classes)
+    elif expected.label_threshold is None and task.kind == "classes":
+        array = label.array if expected.plain else label.array[label.array != UNLABELLED]
+        yield from _value_problems(array, len(task.names)) if array.size else ()
 
 
 def _mismatches(label: Content, image: Content) -> Iterator[str]:
@@ -259,12 +349,14 @@ def _value_problems(array: npt.NDArray[Any], num_classes: int) -> Iterator[str]:
         yield f"there are values outside the classes 0 to {num_classes - 1}: {found}; pass {advice}"
 
 
-def _classes(array: npt.NDArray[Any], expected: Expected) -> set[int]:
-    """The classes that a label has."""
-    if expected.label_threshold is not None:
-        return {int(value) for value in np.unique(array > expected.label_threshold)}
+def _present(array: npt.NDArray[Any], task: Task, index: int, expected: Expected) -> set[int]:
+    """The classes that a mask of classes has, or the index of a label whose mask is not empty."""
     if not _finite(array):
         return set()
+    if task.kind == "labels":
+        return {index} if (array > (expected.label_threshold or 0)).any() else set()
+    if expected.label_threshold is not None:
+        return {int(value) for value in np.unique(array > expected.label_threshold)}
     if array.dtype == np.uint8:  # most labels: much faster than sorting all voxels
         return set(np.flatnonzero(np.bincount(array.ravel())).tolist())
     return {int(value) for value in np.unique(np.rint(array))}

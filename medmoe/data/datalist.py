@@ -1,24 +1,21 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which images belong to a data set, which label belongs to which image, and which case is used for what."""
+"""Which images belong to a data set, and which masks, values and conditions belong to which image."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
-
-import numpy as np
+from typing import Any, NamedTuple, TypeAlias
 
 from medmoe.errors import DataError, some
-from medmoe.files import write_text
+from medmoe.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +33,70 @@ LAYOUTS = """Understood layouts of a data set are
   images/ and masks/ (or labels/)
 with files .nii.gz, .nii, .png, .jpg, .bmp or .tif; an image and its label have the same name."""
 
+PLAIN = (Task("label", "classes", ()),)
+"""The task of plain segmentation; how many classes it has is said elsewhere."""
 
-class Case(TypedDict, total=False):
-    """One image with its label. ``image`` is a list where every channel has its own file."""
+Case: TypeAlias = dict[str, Any]
+"""One image and what is known of it:
 
-    case: str
-    image: str | list[str]
-    label: str
+- ``case``: its name. ``image``: its file, or a list where every channel has its own. ``split``, where the data say it.
+- for a task of kind "classes", by the task's name (``label`` in plain segmentation): the file of the mask, or None.
+- for "labels": a list with a file or None for each channel. For "image": the index of the class, or -1. None and -1
+  mean that the case is not labelled.
+- ``condition``, where there are any: by name, the table's text or None; for an image its file, files or None.
+"""
+
+
+class Wanted(NamedTuple):
+    """What to look for beside the images. ``tasks`` have targets of their own; ``plain``: the one mask, which no image
+    may lack."""
+
+    tasks: Sequence[Task]
+    conditions: Sequence[Mapping[str, Any]]
+    plain: bool
+
+    @property
+    def masks(self) -> list[Task]:
+        return [task for task in self.tasks if task.dense]
+
+    @property
+    def values(self) -> list[Task]:
+        return [task for task in self.tasks if not task.dense]
+
+    def condition_names(self, images: bool) -> list[str]:
+        """Names of the conditions that are images, or of those that are not."""
+        return [str(spec["name"]) for spec in self.conditions if (spec["kind"] == "image") == images]
+
+
+class Place(NamedTuple):
+    """A folder of images, and where its masks are: in ``base``, in folders that end in ``ending``."""
+
+    images: Path
+    base: Path
+    ending: str
     split: str
+
+    def folder(self, target: str) -> Path | None:
+        """The folder of a target ("": the usual one), if there is one."""
+        usual = LABEL_FOLDERS if not self.ending else LABEL_FOLDERS[1:]
+        folders = [self.base / f"{name}{self.ending}" for name in ([target] if target else usual)]
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def channels(self, task: Task) -> list[Path | None]:
+        """The folders of a task's masks: one, or one for each label. Blanks in a label's name may be underscores."""
+        folder = self.folder(task.target)
+        if task.kind == "classes":
+            return [folder]
+        spellings = [(name, name.replace(" ", "_")) for name in task.names]
+        return [
+            next((folder / name for name in names if (folder / name).is_dir()), None) if folder else None
+            for names in spellings
+        ]
+
+
+def is_plain(tasks: Sequence[Task] | None) -> bool:
+    """Whether these are plain segmentation: a mask of classes in the usual place, which no image may lack."""
+    return not tasks or [(task.name, task.kind, task.target) for task in tasks] == [("label", "classes", "")]
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
@@ -63,27 +116,16 @@ def _image_files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if suffix_of(p) and not p.name.startswith(".")]
 
 
-def load_cases(dataset_dir: str | os.PathLike[str]) -> list[Case]:
-    """Finds the labelled cases of a data set, sorted by name.
-
-    Cases carry ``split`` where the data say it: in ``splits.json`` (lists of case names under "train", "validation"
-    and "test"; cases that are not listed are left out), in ``dataset.json`` or by folders.
+def found_cases(root: Path, wanted: Wanted) -> list[Case]:
+    """The cases of a folder in one of the known layouts, with their masks; values of tables are not yet there.
 
     Raises:
-        DataError: the folder does not exist, holds nothing in a known layout, or images lack their label.
+        DataError: in plain segmentation, there are images without a label.
     """
-    root = Path(dataset_dir)
-    if not root.is_dir():
-        raise DataError(f"dataset_dir {str(root)!r} is not a folder (looked for {root.absolute()}).")
-    cases = _listed_cases(root) or _folder_cases(root)
-    if not cases:
-        found = some(sorted(entry.name for entry in root.iterdir()), 8) or "nothing"
-        raise DataError(f"No labelled images in {str(root)!r} (it holds {found}).\n{LAYOUTS}")
-    cases = sorted(_with_unique_names(cases), key=lambda case: case["case"])
-    return assign_splits(cases, root / SPLIT_FILE) if (root / SPLIT_FILE).is_file() else cases
+    return _listed_cases(root, wanted) or _folder_cases(root, wanted)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; anything else is a DataError that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -94,227 +136,118 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _listed_cases(root: Path) -> list[Case]:
-    """The cases that ``dataset.json`` lists with a label; entries without one (a challenge's test set) are left out."""
+def _listed_cases(root: Path, wanted: Wanted) -> list[Case]:
+    """The cases that ``dataset.json`` lists; in plain segmentation those with a label (a challenge's test set has
+    none)."""
     if not (root / "dataset.json").is_file():
         return []
-    description, cases = _read_json(root / "dataset.json"), []
+    description, cases = read_json(root / "dataset.json"), []
     for key, split in (("training", "train"), ("validation", "validation"), ("test", "test")):
         entries = description.get(key)
         for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and "image" in entry and "label" in entry:
-                cases.append(_listed_case(root, entry, split))
+            if isinstance(entry, dict) and "image" in entry and ("label" in entry or not wanted.plain):
+                cases.append(_listed_case(root, entry, split, wanted))
     return cases
 
 
-def _listed_case(root: Path, entry: Mapping[str, Any], split: str) -> Case:
+def _listed_case(root: Path, entry: Mapping[str, Any], split: str, wanted: Wanted) -> Case:
     """A case out of one entry of ``dataset.json``, whose paths are relative to the data set."""
-    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    label = str(root / entry["label"])
-    return _case(stem_of(label), [str(root / image) for image in images], label, split)
+
+    def absolute(files: Any) -> Any:
+        return [file and str(root / file) for file in files] if isinstance(files, list) else files and str(root / files)
+
+    images = absolute(entry["image"])
+    masks = {task.name: absolute(entry.get(task.target or "label")) for task in wanted.masks}
+    for task in wanted.masks:
+        found, count = masks[task.name], len(task.names)
+        if task.kind == "labels" and found is not None and (not isinstance(found, list) or len(found) != count):
+            raise DataError(
+                f"{root / 'dataset.json'}: {entry['image']} has {found!r} for task {task.name}, expected a list of "
+                f"{count} files ({some(task.names)}), with null where a label is not drawn."
+            )
+    files = [file for file in masks.values() if isinstance(file, str)] or [
+        images if isinstance(images, str) else re.sub(r"_\d{4}$", "", stem_of(images[0]))
+    ]
+    values = {task.name: entry.get(task.target) for task in wanted.values}
+    conditions = {name: absolute(entry.get(name)) for name in wanted.condition_names(images=True)}
+    conditions |= {name: entry.get(name) for name in wanted.condition_names(images=False)}
+    return _case(stem_of(files[0]), images, {**masks, **values}, conditions, split)
 
 
-def _folder_cases(root: Path) -> list[Case]:
+def _folder_cases(root: Path, wanted: Wanted) -> list[Case]:
     """The cases of a layout by folders."""
-    cases = _paired(root / "imagesTr", [root / "labelsTr"], "")
+    cases = _cases_in(Place(root / "imagesTr", root, "Tr", ""), wanted)
     if cases:
-        given = _paired(root / "imagesTs", [root / "labelsTs"], "test") if (root / "labelsTs").is_dir() else []
-        return cases + given
+        given = Place(root / "imagesTs", root, "Ts", "test")
+        return cases + (_cases_in(given, wanted) if any(given.folder(task.target) for task in wanted.masks) else [])
     for split, names in FOLDER_NAMES.items():
         for name in names:
-            cases += _paired(root / name / "images", [root / name / folder for folder in LABEL_FOLDERS], split)
-    return cases or _paired(root / "images", [root / folder for folder in LABEL_FOLDERS], "")
+            cases += _cases_in(Place(root / name / "images", root / name, "", split), wanted)
+    return cases or _cases_in(Place(root / "images", root, "", ""), wanted)
 
 
-def _paired(images: Path, label_folders: Sequence[Path], split: str) -> list[Case]:
-    """Images and the labels of the same name; ``split`` may be empty.
+def _cases_in(place: Place, wanted: Wanted) -> list[Case]:
+    """The images of a folder with the masks and second images of the same name.
 
     Raises:
-        DataError: there are images without a label.
+        DataError: in plain segmentation, there are images without a label.
     """
-    labels_folder = next((folder for folder in label_folders if folder.is_dir()), None)
-    if labels_folder is None or not images.is_dir():
+    if not place.images.is_dir() or (wanted.plain and place.folder("") is None):
         return []
-    labels = {stem_of(path): path for path in _image_files(labels_folder)}
+    masks = {task.name: [_by_stem(folder) for folder in place.channels(task)] for task in wanted.masks}
+    second = {name: place.folder(name) for name in wanted.condition_names(images=True)}
+    known = {stem for channels in masks.values() for files in channels for stem in files}
+    images = _images(place.images, known)
+    if wanted.plain:
+        _complain_of_missing(images, known, place)
+    spare = sorted(known - set(images))
+    if spare:
+        logger.warning("%d labels in %s have no image and are left out: %s", len(spare), place.base, some(spare))
+    others = {name: _images(folder, images) if folder else {} for name, folder in second.items()}
+    cases = []
+    for name, files in images.items():
+        targets = {
+            task.name: _one_or_all(task, [channel.get(name) for channel in masks[task.name]]) for task in wanted.masks
+        }
+        conditions = {key: found.get(name) for key, found in others.items()}
+        cases.append(_case(name, files, targets, conditions, place.split))
+    return cases
+
+
+def _by_stem(folder: Path | None) -> dict[str, str]:
+    return {stem_of(path): str(path) for path in _image_files(folder)} if folder else {}
+
+
+def _images(folder: Path, known: Collection[str]) -> dict[str, str | list[str]]:
+    """Images by name. Files whose names differ in nnU-Net's channel endings are one, but for ``known`` names."""
     channels: defaultdict[str, list[str]] = defaultdict(list)
-    for path in _image_files(images):
+    for path in _image_files(folder):
         stem = stem_of(path)
-        channels[stem if stem in labels else re.sub(r"_\d{4}$", "", stem)].append(str(path))
-    missing = [name for name in channels if name not in labels]
+        channels[stem if stem in known else re.sub(r"_\d{4}$", "", stem)].append(str(path))
+    return {name: files if len(files) > 1 else files[0] for name, files in channels.items()}
+
+
+def _complain_of_missing(images: Mapping[str, Any], known: Collection[str], place: Place) -> None:
+    missing = [name for name in images if name not in known]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(channels)} images in {images} have no label of the same name in {labels_folder}: "
-            f"{some(missing)}. Add the labels, or move these images out of the folder."
+            f"{len(missing)} of {len(images)} images in {place.images} have no label of the same name in "
+            f"{place.folder('')}: {some(missing)}. Add the labels, or move these images out of the folder."
         )
-    spare = sorted(set(labels) - set(channels))
-    if spare:
-        logger.warning("%d labels in %s have no image and are left out: %s", len(spare), labels_folder, some(spare))
-    return [_case(name, paths, str(labels[name]), split) for name, paths in channels.items()]
 
 
-def _case(name: str, images: list[str], label: str, split: str) -> Case:
-    case = Case(case=name, image=images if len(images) > 1 else images[0], label=label)
+def _one_or_all(task: Task, files: list[str | None]) -> Any:
+    """The file of a mask of classes, or the files of all labels."""
+    return files[0] if task.kind == "classes" else files
+
+
+def _case(name: str, image: Any, targets: Mapping[str, Any], conditions: Mapping[str, Any], split: str) -> Case:
+    case: Case = {"case": name, "image": image, **targets}
+    if conditions:
+        case["condition"] = dict(conditions)
     if split:
         case["split"] = split
     return case
-
-
-def _with_unique_names(cases: Sequence[Case]) -> list[Case]:
-    """Puts the split before the names that more than one case has (``train_1`` and ``validation_1``)."""
-    counts = Counter(case["case"] for case in cases)
-    renamed = []
-    for case in cases:
-        if counts[case["case"]] > 1 and case.get("split"):
-            case = Case(**{**case, "case": f"{case['split']}_{case['case']}"})
-        renamed.append(case)
-    twice = [name for name, count in Counter(case["case"] for case in renamed).items() if count > 1]
-    if twice:
-        raise DataError(f"{len(twice)} case names occur more than once: {some(twice)}. Rename the files.")
-    return renamed
-
-
-def assign_splits(cases: Sequence[Case], split_file: str | os.PathLike[str]) -> list[Case]:
-    """The cases that a split file lists, each with its split.
-
-    Raises:
-        DataError: the file lists a case that does not exist, or one case twice, or none for training.
-    """
-    listed = _read_json(Path(split_file))
-    by_name = {case["case"]: case for case in cases}
-    names = [(str(name), split) for split in SPLITS for name in listed.get(split, [])]
-    unknown = [name for name, _ in names if name not in by_name]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], by_name, 3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise DataError(f"{split_file} lists {len(unknown)} cases that do not exist: {some(unknown)}.{hint}")
-    twice = [name for name, count in Counter(name for name, _ in names).items() if count > 1]
-    if twice:
-        raise DataError(f"{split_file} lists {len(twice)} cases more than once: {some(twice)}.")
-    if not listed.get("train"):
-        raise DataError(f'{split_file} lists no case under "train".')
-    return [Case(**{**by_name[name], "split": split}) for name, split in names]
-
-
-def split_cases(
-    cases: Sequence[Case],
-    seed: int = 0,
-    num_labelled: int = 0,
-    fractions: Sequence[float] = (0.6, 0.15, 0.25),
-    num_validation: int = 0,
-    num_test: int = 0,
-    split_seed: int = 0,
-) -> dict[str, list[Case]]:
-    """Divides cases into "train", "validation" and "test"; "test" is absent where the data have none.
-
-    Splits that the data give are honored. A validation split that they do not give is drawn from the training cases,
-    and so is a test split where they give neither or ``num_test`` asks for it.
-
-    Args:
-        seed: draws the labelled cases: they are the first ``num_labelled`` of one permutation of the training cases,
-            so that 8 labelled cases are among the 16 of the same seed.
-        num_labelled: number of training cases; 0 takes all.
-        fractions: shares of training, validation and test cases where the data give no split; at least one case each.
-        num_validation: number of validation cases; 0 takes all that are given, or their share.
-        num_test: number of test cases; 0 takes all that are given, or their share.
-        split_seed: draws the splits. It is apart from ``seed``, so that repetitions share their test cases.
-
-    Raises:
-        DataError: there are fewer cases than asked for.
-    """
-    given = {split: [case for case in cases if case.get("split") == split] for split in SPLITS[1:]}
-    pool = _shuffled([case for case in cases if case.get("split", "train") == "train"], split_seed)
-    total, share = len(pool), {"validation": fractions[1], "test": fractions[2]}
-    carved = ["validation"] if given["test"] else [] if given["validation"] else ["test", "validation"]
-    splits: dict[str, list[Case]] = {}
-    for split, number in (("test", num_test), ("validation", num_validation)):
-        if given[split]:
-            splits[split] = _first(_shuffled(given[split], split_seed), number, split)
-        elif number or split in carved:
-            number = number or max(1, round(total * share[split] / sum(fractions)))
-            splits[split], pool = _first(pool, number, split), pool[number:]
-    if not pool:
-        raise DataError(
-            f"No case is left for training: {len(cases)} cases, {len(splits.get('validation', []))} for validation and "
-            f"{len(splits.get('test', []))} for test. Add cases or ask for fewer (num_validation, num_test)."
-        )
-    pool = sorted(pool, key=lambda case: case["case"])
-    splits["train"] = _first(_shuffled(pool, seed), num_labelled, "train")
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def _shuffled(cases: Sequence[Case], seed: int) -> list[Case]:
-    """A permutation of the cases that depends on the seed and on the cases alone."""
-    return [cases[i] for i in np.random.default_rng(seed).permutation(len(cases))]
-
-
-def _first(cases: list[Case], number: int, split: str) -> list[Case]:
-    """The first ``number`` cases (0: all), or a DataError where there are fewer."""
-    if number > len(cases) or number < 0:
-        setting = {"train": "num_labelled", "validation": "num_validation", "test": "num_test"}[split]
-        raise DataError(f"{setting}={number}, but there are {len(cases)} cases: ask for at most as many, or 0 for all.")
-    return cases[: number or None]
-
-
-def write_split(splits: Mapping[str, Sequence[Case]], output_dir: str | os.PathLike[str], **facts: Any) -> Path:
-    """Writes the names of the cases of every split to ``output_dir/splits.json``, atomically.
-
-    The file can be given as ``split_file``, or put into the data set's folder, to use the same splits again.
-    ``facts`` (the seed, the data set) are written beside the names.
-    """
-    target = Path(output_dir) / SPLIT_FILE
-    names = {split: [case["case"] for case in cases] for split, cases in splits.items()}
-    write_text(target, json.dumps({**facts, **names}, indent=1) + "\n")
-    return target
-
-
-def datalists(
-    dataset_dir: str | os.PathLike[str],
-    seed: int = 0,
-    num_labelled: int = 0,
-    fractions: Sequence[float] = (0.6, 0.15, 0.25),
-    num_validation: int = 0,
-    num_test: int = 0,
-    split_seed: int = 0,
-    split_file: str | os.PathLike[str] | None = None,
-) -> dict[str, list[Case]]:
-    """The cases of a data set by split: ``load_cases`` and ``split_cases`` in one.
-
-    Args:
-        split_file: a split file of an earlier run, which then decides alone. It may be missing: evaluation names the
-            one of the training run, and falls back to the splits that the other arguments give, with a warning.
-
-    See :func:`split_cases` for the others.
-    """
-    cases = load_cases(dataset_dir)
-    if split_file is not None and Path(split_file).is_file():
-        cases = assign_splits(cases, split_file)
-        splits = {split: [case for case in cases if case["split"] == split] for split in SPLITS}
-        splits = {split: chosen for split, chosen in splits.items() if chosen}
-    else:
-        if split_file is not None:
-            logger.warning("There is no %s: the splits are drawn anew. Are they those of training?", split_file)
-        splits = split_cases(cases, seed, num_labelled, fractions, num_validation, num_test, split_seed)
-    logger.info("%s: %s", dataset_dir, ", ".join(f"{len(chosen)} {split}" for split, chosen in splits.items()))
-    return splits
-
-
-def cases_of(splits: Mapping[str, list[Case]], split: str) -> list[Case]:
-    """The cases of a split; "test" falls back to "validation" where the data have no test cases, and says so.
-
-    Raises:
-        DataError: there is no such split.
-    """
-    found = split_of(splits, split)
-    if found != split:
-        logger.warning("The data have no %s cases: the %d %s cases are used.", split, len(splits[found]), found)
-    if not splits.get(found):
-        raise DataError(f"There are no cases in split {split!r}, but in {some([s for s in splits if splits[s]])}.")
-    return splits[found]
-
-
-def split_of(splits: Mapping[str, list[Case]], split: str) -> str:
-    """The split that :func:`cases_of` takes the cases from."""
-    return "validation" if split == "test" and not splits.get("test") and splits.get("validation") else split
 
 
 def class_names(dataset_dir: str | os.PathLike[str], num_classes: int, names: Sequence[str] = ()) -> list[str]:
@@ -333,6 +266,6 @@ def class_names(dataset_dir: str | os.PathLike[str], num_classes: int, names: Se
 
 def _labels_of(description: Path) -> dict[int, str]:
     """Class names by value, from ``{"1": "liver"}`` (Decathlon) or ``{"liver": 1}`` (nnU-Net); regions are left out."""
-    labels = _read_json(description).get("labels", {}) if description.is_file() else {}
+    labels = read_json(description).get("labels", {}) if description.is_file() else {}
     pairs = [(value, key) if isinstance(value, int) else (key, value) for key, value in dict(labels).items()]
     return {int(value): str(name) for value, name in pairs if str(value).isdigit()}

@@ -64,7 +64,7 @@ class CaseDataset(Dataset[dict[str, Any]]):
         with Progress("preparing cases", len(self.cases)) as progress:
             for case in self.cases:
                 sample = apply(self.deterministic, case)
-                size += sum(value.nbytes for value in sample.values() if isinstance(value, torch.Tensor))
+                size += _bytes_of(sample)
                 if size > limit:
                     return
                 self.cache.append(sample)
@@ -82,6 +82,13 @@ class CaseDataset(Dataset[dict[str, Any]]):
         state = np.random.SeedSequence((self.seed, key)).generate_state(1)[0]
         self.random.set_random_state(seed=int(state))
         return apply(self.random, sample)
+
+
+def _bytes_of(sample: Any) -> int:
+    """Memory of the tensors of a sample, those of its conditions included."""
+    if isinstance(sample, dict):
+        return sum(map(_bytes_of, sample.values()))
+    return sample.nbytes if isinstance(sample, torch.Tensor) else 0
 
 
 class EpochSampler(Sampler[int]):

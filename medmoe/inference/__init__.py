@@ -1,21 +1,22 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sliding windows, metrics on the grid of the files, and prediction of masks."""
+"""Sliding windows, scores of every task on the grid of the files, and prediction of masks."""
 
 from medmoe.inference.inferer import WindowInferer, sliding_window
 from medmoe.inference.inputs import InputDataset, find_inputs
-from medmoe.inference.metrics import CaseDice, CaseHD95, CaseIoU, CaseTable
+from medmoe.inference.task_metrics import CaseTable, TaskMetric, additional_metrics, key_metric, task_metrics
 from medmoe.inference.writer import SaveMask
 
 __all__ = [
-    "CaseDice",
-    "CaseHD95",
-    "CaseIoU",
     "CaseTable",
     "InputDataset",
     "SaveMask",
+    "TaskMetric",
     "WindowInferer",
+    "additional_metrics",
     "find_inputs",
+    "key_metric",
     "sliding_window",
+    "task_metrics",
 ]

@@ -36,7 +36,7 @@ class WindowInferer(SlidingWindowInferer):
         super().__init__(tuple(roi_size), sw_batch_size, tuple(overlap), mode="gaussian")
         self.description = description
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, inputs: Tensor, network: Callable[..., Any], condition: Condition = None
     ) -> Tensor | dict[str, Tensor]:
         """Logits of ``inputs`` (B, C, H, W[, D]).
@@ -47,8 +47,7 @@ class WindowInferer(SlidingWindowInferer):
             condition: of each image; it goes with every window of its image.
 
         Returns:
-            (B, K, H, W[, D]) where there is one dense task alone, else a dictionary: dense tasks (B, C_t, H, W[, D]),
-            image-level tasks (B, C_t).
+            (B, K, H, W[, D]) in plain segmentation, else by task: dense (B, C_t, H, W[, D]), image-level (B, C_t).
 
         Raises:
             ConfigError: the image has not as many axes as the window.
@@ -61,17 +60,17 @@ class WindowInferer(SlidingWindowInferer):
             )
         window = tuple(r if r > 0 else s for r, s in zip(self.roi_size, size, strict=True))
         given = {} if condition is None else {"condition": condition}
-        dense = [task.dense for task in getattr(network, "tasks", ())]
-        if dense in ([], [True]):
+        tasks = getattr(network, "tasks", ())
+        if [(task.name, task.kind) for task in tasks] in ([], [("label", "classes")]):
             return self.windows(inputs, network, window, given)
         if all(w >= s for w, s in zip(window, size, strict=True)):
             padded, inside = padded_to(window, inputs)
             outputs = network.outputs(padded, **given)  # type: ignore[attr-defined]
             return {name: logits[inside] if logits.dim() > 2 else logits for name, logits in outputs.items()}
         outputs = {}
-        if any(dense):
+        if any(task.dense for task in tasks):
             outputs |= network.split(self.windows(inputs, network, window, given))  # type: ignore[attr-defined]
-        if not all(dense):
+        if not all(task.dense for task in tasks):
             whole, _ = padded_to(window, inputs)
             outputs |= network.image_outputs(whole, **given)  # type: ignore[attr-defined]
         return outputs

@@ -16,8 +16,11 @@ from typing import Any, TypedDict
 from monai.transforms import Compose
 from torch.utils.data import IterableDataset
 
+from medmoe.conditions import Schema
 from medmoe.data.datalist import stem_of, suffix_of
 from medmoe.data.series import holds_series
+from medmoe.data.table import is_missing, read_table
+from medmoe.data.targets import rows_of
 from medmoe.data.transforms import apply
 from medmoe.errors import DataError, MedMoEError, some
 from medmoe.progress import Progress
@@ -27,11 +30,16 @@ logger = logging.getLogger(__name__)
 KINDS = "NIfTI (.nii, .nii.gz), pictures (.png, .jpg, .bmp, .tif) or one DICOM series"
 
 
-class Input(TypedDict):
-    """One image to predict: a file, the folder or a file of a DICOM series, or a list with one file a channel."""
+class Input(TypedDict, total=False):
+    """One image to predict: a file, the folder or a file of a DICOM series, or a list with one file a channel.
+
+    ``condition`` is there where the network has conditions: by name the table's text, or the files of a second image;
+    None where it is missing.
+    """
 
     case: str
     image: str | list[str]
+    condition: dict[str, Any]
 
 
 def first_file(item: Input) -> Path:
@@ -93,6 +101,63 @@ def _by_channels(images: Sequence[Path], in_channels: int) -> list[Input]:
     if in_channels > 1 and all(len(files) == in_channels for files in groups.values()):
         return [Input(case=case, image=files) for case, files in groups.items()]
     return [Input(case=stem_of(file), image=str(file)) for file in images]
+
+
+def with_conditions(
+    inputs: Sequence[Input],
+    schema: Schema | None,
+    table: str | os.PathLike[str] | None = None,
+    condition_dir: str | os.PathLike[str] | None = None,
+) -> list[Input]:
+    """The inputs with what is known of their conditions; the network takes what is missing as it learned to.
+
+    Args:
+        inputs: such as :func:`find_inputs` gives.
+        schema: of the conditions that the network was trained with; none: the inputs stay as they are.
+        table: a CSV file with a row for each input and the columns of the training table.
+        condition_dir: folder of the second images, called like the inputs; or one file for one input.
+
+    Raises:
+        DataError: the table or folder cannot be read, or has nothing for any of the inputs.
+    """
+    if schema is None:
+        return list(inputs)
+    names = [item["case"] for item in inputs]
+    source = read_table(table) if table else None
+    rows = rows_of(source, names) if source else {}
+    columns = [column.name for column in schema.columns if column.kind != "image"]
+    absent = [name for name in columns if source is None or name not in source.columns]
+    if absent:
+        logger.warning("conditions that are missing for all inputs: %s", ", ".join(absent))
+    seconds = _second_images(names, schema, condition_dir)
+    conditioned = []
+    for item in inputs:
+        row = rows.get(item["case"], {})
+        known: dict[str, Any] = {name: None if is_missing(row.get(name)) else row[name] for name in columns}
+        known |= {column.name: seconds.get(item["case"]) for column in schema.of_kind("image")}
+        conditioned.append(Input(case=item["case"], image=item["image"], condition=known))
+    return conditioned
+
+
+def _second_images(
+    names: Sequence[str], schema: Schema, folder: str | os.PathLike[str] | None
+) -> dict[str, str | list[str]]:
+    """The second images by case."""
+    column = next(iter(schema.of_kind("image")), None)
+    if column is None:
+        return {}
+    found = {item["case"]: item["image"] for item in find_inputs(folder, schema.image_channels)} if folder else {}
+    if len(names) == 1 and folder is not None and Path(folder).is_file():
+        return {names[0]: next(iter(found.values()))}
+    missing = [name for name in names if name not in found]
+    if found and len(missing) == len(names):
+        raise DataError(
+            f"No image in {folder} is called like an input: inputs are called {some(names, 2)}, the images "
+            f"{some(list(found), 2)}."
+        )
+    if missing:
+        logger.warning("the second image (%s) is missing for %d of %d inputs", column.name, len(missing), len(names))
+    return found
 
 
 class InputDataset(IterableDataset[dict[str, Any]]):

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,37 +68,50 @@ def predict(
             predicted: the masks of the others are there by then.
         CheckpointError: the checkpoint is missing, damaged, or holds settings that are no plain values.
     """
-    metadata = read_metadata(checkpoint)
-    training, inference = (json.loads(bundle_file(name).read_text(encoding="utf-8")) for name in BUNDLES)
-    own = {name: value for name, value in training.items() if name not in inference}
-    settings = checkpoint_settings(metadata.settings, own, checkpoint)
-    inputs = find_inputs(input, {**settings, **overrides}.get("in_channels", 1))
-    sources = {item["case"]: first_file(item) for item in inputs}
+    settings = {**settings_of(checkpoint), **overrides}
+    sources = {item["case"]: first_file(item) for item in find_inputs(input, settings.get("in_channels", 1))}
     check_output(Path(output), sources, overlay)
-    paths = {"input": input, "output": output, "output_dir": output, "checkpoint": checkpoint}
-    places = {name: str(Path(path).absolute()) for name, path in paths.items()}
-    try:
-        run_bundle({**settings, **overrides, **places, "overlay": overlay})
-    except Exception as error:  # MONAI wraps what is raised in an expression
-        ours = find_error(error)
-        if ours is None or ours is error:
-            raise
-        raise ours from error
+    with opened(input, output, checkpoint, {**settings, "overlay": overlay}) as workflow:
+        workflow.run()
+        workflow.finalize()
     return [mask_path(Path(output), case, source) for case, source in sources.items()]
 
 
-def run_bundle(overrides: Mapping[str, Any]) -> None:
-    """Runs the inference bundle in this process, whose logging and ``sys.excepthook`` stay as they are."""
+def settings_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of a checkpoint that the inference bundle is to run with, see :func:`checkpoint_settings`."""
+    metadata = read_metadata(checkpoint)
+    training, inference = (json.loads(bundle_file(name).read_text(encoding="utf-8")) for name in BUNDLES)
+    own = {name: value for name, value in training.items() if name not in inference}
+    return checkpoint_settings(metadata.settings, own, checkpoint)
+
+
+@contextmanager
+def opened(
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+) -> Iterator[ConfigWorkflow]:
+    """The inference bundle, initialized in this process, whose logging and ``sys.excepthook`` stay as they are.
+
+    Errors that a user can put right are raised as they are, not as MONAI wraps them.
+    """
+    paths = {"input": input, "output": output, "output_dir": output, "checkpoint": checkpoint}
+    places = {name: str(Path(path).absolute()) for name, path in paths.items()}
     files = [str(bundle_file(name)) for name in BUNDLES]
     remarks, hook = logging.getLogger("monai.bundle.workflows"), sys.excepthook
     level = remarks.level
     try:
         remarks.setLevel(logging.ERROR)  # it warns of what is meant so: that logging stays as it is
-        workflow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, **overrides)
+        workflow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, **{**settings, **places})
         remarks.setLevel(level)
         workflow.initialize()
-        workflow.run()
-        workflow.finalize()
+        yield workflow
+    except Exception as error:
+        ours = find_error(error)
+        if ours is None or ours is error:
+            raise
+        raise ours from error
     finally:
         remarks.setLevel(level)
         sys.excepthook = hook

@@ -64,11 +64,11 @@ class SlicedMLP(nn.Module):
     scaled. "gather" runs each slice on those tokens alone that give it a weight. Numbers and gradients are the same.
 
     "auto" gathers on the CPU where at most half of the slices run on a token, there are 1024 tokens or more, and slices
-    are 32 wide or more. Measured with benchmarks/fgmoe_paths.py (forward and backward, one thread, m = 8, one shared, 64
-    and 256 channels, 2048 to 8192 tokens): with top_k 2 or 3 gathering takes 0.4 to 0.8 of the time of the dense path,
-    with 4 it takes 0.7 to 1.1; with 256 tokens of 64 channels, or slices 16 wide, 1.0 to 2 or more. The forward pass
-    alone gains less at 64 channels: 0.6 to 1.5. On a GPU "auto" is dense, because the host would have to wait for the
-    sizes of the groups; that was not measured.
+    are 32 wide or more. Measured with benchmarks/fgmoe_paths.py (forward and backward, one thread, m = 8, one shared,
+    64 and 256 channels, 2048 to 8192 tokens): with top_k 2 or 3 gathering takes 0.4 to 0.8 of the time of the dense
+    path, with 4 it takes 0.7 to 1.1; with 256 tokens of 64 channels, or slices 16 wide, 1.0 to 2 or more. The forward
+    pass alone gains less at 64 channels: 0.6 to 1.5. On a GPU "auto" is dense, because the host would have to wait for
+    the sizes of the groups; that was not measured.
 
     Args:
         channels: C, in and out.

@@ -54,7 +54,7 @@ def check_grid(expert: Expert) -> None:
     size = getattr(expert, "image_size", None)
     if size is not None and round(size / expert.patch) < 2:
         raise ConfigError(
-            f"{expert.name or 'an expert'} sees images at {size} pixels with patches of {expert.patch}: its grid of one "
+            f"{expert.name or 'an expert'} sees images at {size} pixels in patches of {expert.patch}: its grid of one "
             f"token cannot be aligned with another expert's. Expected a size of at least {2 * expert.patch}"
         )
 

@@ -6,7 +6,8 @@
 ``best.safetensors`` holds the trained tensors alone. ``last.safetensors`` also holds, below reserved prefixes, the
 optimizer's state by parameter name (``optimizer.<parameter>.<key>``) and the random number generators (``rng.*``).
 The header has one entry, ``medmoe``, in JSON: ``metadata`` (settings, experts with the sha256 of their weights, tasks,
-conditions, epoch and metric), ``state`` for resuming, and ``checksum``, the sha256 over all tensors. Equal trainings give equal files.
+conditions, epoch and metric), ``state`` for resuming, and ``checksum``, the sha256 over all tensors. Equal trainings
+give equal files.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from medmoe.conditions import Schema
 from medmoe.errors import CheckpointError, ConfigError
 from medmoe.experts.weights import checksum
 from medmoe.files import atomic_path
+from medmoe.networks.cost import trained_tensors
 from medmoe.tasks import Task
 from medmoe.training.mismatch import (
     condition_problems,
@@ -97,7 +99,7 @@ def expert_identities(network: nn.Module) -> list[dict[str, str]]:
 
 
 def descriptions(network: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of ``network`` beside its tensors: experts, tasks and conditions, as JSON gives it back."""
+    """What a checkpoint says of ``network`` beside its tensors, as JSON gives it back."""
     tasks: Iterable[Any] = getattr(network, "tasks", ())
     schema: Any = getattr(network, "schema", None)
     described = {
@@ -106,15 +108,6 @@ def descriptions(network: nn.Module) -> dict[str, Any]:
         "conditions": None if schema is None else schema.to_json(),
     }
     return dict(json.loads(json.dumps(described)))
-
-
-def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that training changes: parameters that require a gradient, and buffers outside the experts."""
-
-    def changes(name: str, tensor: Tensor) -> bool:
-        return tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.startswith("experts.")
-
-    return {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if changes(name, tensor)}
 
 
 def save_checkpoint(
@@ -136,8 +129,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: where the disk is full or the folder cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(network).items()}
-    tensors.update(extra or {})
+    tensors = {**trained_tensors(network, copy=True), **(extra or {})}
     described = {**asdict(metadata), **descriptions(network)}
     header = {"metadata": described, "state": state or {}, "checksum": checksum(tensors)}
     content = save(tensors, metadata={"medmoe": json.dumps(header)})
@@ -253,8 +245,9 @@ def put_tensors(
     own = trained_tensors(network)
     problems = expert_problems(metadata.experts, expert_identities(network))
     problems += setting_problems(metadata.settings, literals(settings or {}))
-    problems += task_problems(metadata.tasks, descriptions(network)["tasks"])
-    problems += condition_problems(metadata.conditions, descriptions(network)["conditions"])
+    described = descriptions(network)
+    problems = problems or task_problems(metadata.tasks, described["tasks"])
+    problems = problems or condition_problems(metadata.conditions, described["conditions"])
     problems = problems or tensor_problems(trained, own)
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit this network:\n  " + "\n  ".join(problems))

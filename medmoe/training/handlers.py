@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -40,6 +41,8 @@ from medmoe.training.checkpoint import BEST, LAST
 
 logger = logging.getLogger(__name__)
 
+TELLING = re.compile(r"(^|_)(dice|f1|mae|auc|balanced_accuracy)(_|$)")
+"""Names of the metrics that a summary shows."""
 FailureAction = Callable[[BaseException], BaseException | None]
 """Cleans up after a failed run; may return another exception to be raised in place of the one it is given."""
 
@@ -272,15 +275,17 @@ class MetricsLog:
     """Keeps the numbers of every epoch in ``metrics.jsonl``, whatever becomes of the tracking server.
 
     One JSON object a line: ``epoch`` (0 is before training), ``iteration``, ``loss`` (mean of the epoch), ``losses``
-    (of its steps), ``lr`` by optimizer group, ``metrics`` (validation), ``routing``, ``seconds`` of training so far,
-    ``time`` (of the clock, seconds since 1970), ``memory`` (peak, GiB). A number that is not finite is null. A resumed
-    run drops the rows of epochs that it repeats.
+    (of its steps), ``terms`` (means of the epoch: each task, over the steps in which it had a label,
+    ``auxiliary/<name>``, ``log_variance/<task>``), ``lr`` by optimizer group, ``metrics`` (validation), ``routing``,
+    ``seconds`` of training so far, ``time`` (of the clock, seconds since 1970), ``memory`` (peak, GiB). A number that
+    is not finite is null. A resumed run drops the rows of epochs that it repeats.
 
     Args:
         output_dir: where the file is written.
         optimizer: whose learning rates are noted.
         evaluator: whose metrics are noted for the epochs that it validates.
         network: whose routing is noted, of the last step of each epoch.
+        loss: a :class:`medmoe.training.loss.TaskLoss`, whose terms are noted.
     """
 
     def __init__(
@@ -289,11 +294,14 @@ class MetricsLog:
         optimizer: Optimizer | None = None,
         evaluator: Workflow | None = None,
         network: nn.Module | None = None,
+        loss: nn.Module | None = None,
     ) -> None:
         self.folder, self.optimizer, self.evaluator, self.network = Path(output_dir), optimizer, evaluator, network
+        self.loss = loss
         self.rows: list[dict[str, Any]] = []
         self.routing: list[RoutingRecord] = []
         self.losses: list[float] = []
+        self.terms: dict[str, list[float]] = {}
         self.before = 0.0
 
     def attach(self, trainer: Workflow) -> None:
@@ -325,8 +333,11 @@ class MetricsLog:
         return length is not None and trainer.state.iteration % length == 0
 
     def finish_step(self, trainer: Workflow) -> None:
-        """Notes the loss, and the routing after the last step."""
+        """Notes the loss and its terms, and the routing after the last step."""
         self.losses.append(trainer.state.output["loss"].item())
+        last: dict[str, float] = {} if self.loss is None else self.loss.last  # type: ignore[assignment]
+        for name, value in last.items():
+            self.terms.setdefault(name, []).append(value)
         if self.network is not None and self.is_last(trainer):
             self.routing = self.network.routing()  # type: ignore[operator]
             self.network.recording = False  # type: ignore[assignment]
@@ -340,7 +351,9 @@ class MetricsLog:
         """Notes a trained epoch."""
         row: dict[str, Any] = {"epoch": trainer.state.epoch, "iteration": trainer.state.iteration}
         row |= {"loss": sum(self.losses) / max(1, len(self.losses)), "losses": self.losses}
-        self.losses = []
+        if self.terms:
+            row["terms"] = {name: sum(values) / len(values) for name, values in self.terms.items()}
+        self.losses, self.terms = [], {}
         if self.optimizer is not None:
             groups = enumerate(self.optimizer.param_groups)
             row["lr"] = {group.get("name", str(index)): group["lr"] for index, group in groups}
@@ -360,14 +373,14 @@ class MetricsLog:
 
 
 def summary(output_dir: str | os.PathLike[str], tracking_uri: str = "") -> str:
-    """A few lines on a finished run: Dice before and after, parameters, time, memory, and where to look.
+    """A few lines on a finished run: scores before and after, parameters, time, memory, and where to look.
 
     Args:
         output_dir: of the run, with ``metrics.jsonl`` and ``run.json``.
         tracking_uri: of MLflow, to name the command that shows the run.
     """
     folder, rows = Path(output_dir), read_rows(output_dir)
-    lines = [*dice_lines(rows), *parameter_lines(folder)]
+    lines = [*score_lines(rows), *parameter_lines(folder)]
     if rows:
         memory = ", ".join(f"{value:.1f} GiB of {name.upper()}" for name, value in rows[-1]["memory"].items())
         lines.append(f"time: {clock(rows[-1]['seconds'])} for {rows[-1]['epoch']} epochs; peak memory: {memory}")
@@ -382,15 +395,18 @@ def summary(output_dir: str | os.PathLike[str], tracking_uri: str = "") -> str:
     return "\n".join(lines)
 
 
-def dice_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of every Dice metric before training and at the best validated epoch."""
+def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the telling scores of every task, before training and at the best validated epoch.
+
+    The best one is that of the first metric, which is the validation's key metric.
+    """
     validated = [row for row in rows if row.get("metrics")]
-    names = [name for name in validated[-1]["metrics"] if "dice" in name.lower()] if validated else []
+    names = [name for name in validated[-1]["metrics"] if TELLING.search(name.lower())] if validated else []
     trained = [row for row in validated if row["epoch"] > 0]
     if not names or not trained:
         return []
-    mean = next((name for name in names if "mean" in name.lower()), names[0])
-    best = max(trained, key=lambda row: row["metrics"].get(mean) or 0.0)
+    key = next(iter(validated[-1]["metrics"]))
+    best = max(trained, key=lambda row: row["metrics"].get(key) or 0.0)
     before = validated[0]["metrics"] if validated[0]["epoch"] == 0 else {}
     labels = {name: name.removeprefix("val_") for name in names}
     width = max(map(len, labels.values()))
@@ -398,9 +414,9 @@ def dice_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines + [f"{labels[name]:<{width}}{cell(before.get(name))}{cell(best['metrics'][name])}" for name in names]
 
 
-def cell(value: float | None) -> str:
+def cell(value: float | None, width: int = 9) -> str:
     """A score in a column of a printed table; a dash where there is none."""
-    return f"{'-' if value is None else f'{value:.3f}':>9}"
+    return f"{'-' if value is None else f'{value:.3f}':>{width}}"
 
 
 def parameter_lines(folder: Path) -> list[str]:

@@ -96,7 +96,7 @@ class TaskLoss(nn.Module):
         Raises:
             ValueError: for logits that do not have the task's channels or the target's grid.
         """
-        total = next(iter(parts.outputs.values())).new_zeros((), dtype=torch.float32)
+        total = torch.zeros((), device=next(iter(parts.outputs.values())).device)
         terms: dict[str, Tensor] = {}
         for task in self.tasks:
             target = plain(targets[task.name]) if task.name in targets else None
@@ -149,7 +149,7 @@ class TaskLoss(nn.Module):
         """The Dice term over what is known, a mean over the channels (and samples) that have any of it."""
         axes = tuple(axis for axis in range(truth.dim()) if axis > 1 or (axis == 0 and self.dice.batch))
         each: Tensor = self.dice(probability * known, truth * known)
-        return each.flatten()[known.any(axes).flatten() if axes else known.flatten()].mean()
+        return each.flatten()[known.any(axes).flatten()].mean()
 
     def boundary(self, logits: Tensor, target: Tensor) -> Tensor:
         """Binary cross-entropy in which both sides weigh alike."""

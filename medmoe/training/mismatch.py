@@ -12,32 +12,40 @@ from typing import Any
 
 from torch import Tensor
 
+EXPERTS = ("general", "medical", "other")
+OF_EACH_EXPERT = ("{}", "{}_size", "prompt_{}", "{}_channels", "{}_lora", "{}_lora_targets", "{}_adaroute")
 NETWORK_SETTINGS = (
     "spatial_dims",
     "in_channels",
     "num_classes",
-    "general",
-    "medical",
-    "general_size",
-    "medical_size",
-    "prompt_general",
-    "prompt_medical",
-    "general_channels",
-    "medical_channels",
-    "general_lora",
-    "medical_lora",
-    "general_lora_targets",
-    "medical_lora_targets",
+    "tasks",
+    "task_weighting",
+    *(setting.format(name) for name in EXPERTS for setting in OF_EACH_EXPERT),
+    "adaroute_kernels",
     "neighbors",
+    "prompter",
     "num_prompts",
     "dispatch",
     "form",
     "exchange",
+    "top_k",
+    "shared_prompts",
     "site_range",
+    "conditions",
+    "text_encoder",
+    "mope_prompts",
+    "mope_experts",
+    "mope_router",
+    "conditioning",
+    "condition_expert",
     "fusion",
+    "decoder",
     "decoder_channels",
+    "fgmoe_slices",
+    "fgmoe_top_k",
     "intensity",
     "spacing",
+    "resize",
 )
 WORTH_COPYING = ("label_threshold", "roi_size")
 """Settings that may differ from the checkpoint's, but are put right together with those that must not."""
@@ -52,7 +60,7 @@ def setting_problems(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[
     def different(names: Iterable[str]) -> list[str]:
         return [name for name in names if name in here and name in saved and here[name] != saved[name]]
 
-    drawn = "random" in (here.get("general_weights"), here.get("medical_weights"))
+    drawn = "random" in (here.get(f"{name}_weights") for name in EXPERTS)
     wrong = different((*NETWORK_SETTINGS, "seed") if drawn else NETWORK_SETTINGS)
     if not wrong:
         return []
@@ -101,7 +109,9 @@ def condition_problems(saved: Mapping[str, Any] | None, own: Mapping[str, Any] |
     """A line that names both lists of conditions where they, or what was learned of the training cases, differ."""
 
     def columns(schema: Mapping[str, Any] | None) -> str:
-        return ", ".join(f"{column['name']} ({column['kind']})" for column in (schema or {}).get("columns", ())) or "none"
+        return (
+            ", ".join(f"{column['name']} ({column['kind']})" for column in (schema or {}).get("columns", ())) or "none"
+        )
 
     if saved == own:
         return []

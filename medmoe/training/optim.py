@@ -21,7 +21,8 @@ PARTS = {
     "conditioner": "conditions",
     "experts": "adapters",
     "decoder": "decoder",
-    "tasks": "tasks",
+    "image_head": "decoder",
+    "log_variances": "tasks",
 }
 ROUTERS = re.compile(r"(^|\.)(dispatchers|routers?|gates?|image_query|condition_query)\.|^conditioner\..*\.key$")
 """Names of parameters that decide about routes: pMoE's dispatchers, MoPE's queries and learned keys, and whatever lies
@@ -83,7 +84,7 @@ def optimizer(
     """AdamW over what trains in ``network``; gradients are clipped right before every step.
 
     Args:
-        network: with parameters below ``prompter.``, ``conditioner.``, ``experts.``, ``decoder.`` and ``tasks.``.
+        network: with parameters below ``prompter.``, ``conditioner.``, ``experts.`` and ``decoder.``.
         lr: learning rate of adapters, decoder, heads and condition encoder, above 0.
         prompt_lr: learning rate of the prompter and of prompts that conditions choose, above 0.
         weight_decay: of matrices and kernels that are neither prompts nor in the prompter; biases, norms and scalars

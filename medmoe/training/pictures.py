@@ -1,14 +1,14 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures to look at: image, truth and prediction side by side, and where the routers send their weights."""
+"""Pictures to look at: image, truth and prediction side by side, task by task."""
 
 from __future__ import annotations
 
 import heapq
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,7 @@ from monai.engines.workflow import Workflow
 from numpy.typing import ArrayLike, NDArray
 
 from medmoe.files import atomic_path, write_text
-from medmoe.moe.routing import RoutingRecord
-from medmoe.training.handlers import MetricsLog
+from medmoe.tasks import UNLABELLED, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +27,26 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, distinguishable under the common color vision deficiencies, without yellow and black. Blue
 # comes first because it stands out from gray and from tissue alike.
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
+SIDES = (("#b40426", "inside"), ("#3b4cc0", "outside"))
+"""The ends of the color map of a signed distance."""
+
+
+class Channels(NamedTuple):
+    """What one dense task says, and what is true.
+
+    Attributes:
+        task: dense.
+        truth: (n, H, W[, D]): of masks the foreground's areas, bool; of a distance its values, NaN where not labelled.
+        prediction: likewise.
+        labelled: of each channel, whether anything of it is labelled.
+        dice: of each mask over the whole case; NaN where truth and prediction are both empty or nothing is labelled.
+    """
+
+    task: Task
+    truth: NDArray[Any]
+    prediction: NDArray[Any]
+    labelled: list[bool]
+    dice: list[float]
 
 
 class Slice(NamedTuple):
@@ -35,24 +54,21 @@ class Slice(NamedTuple):
 
     Attributes:
         image: (H, W) or (H, W, 3), in [0, 1].
-        label: (H, W), classes.
-        prediction: (H, W), classes.
+        channels: of every dense task, in this plane.
         aspect: height of a pixel over its width.
-        dice: of each class after the background over the whole case; NaN where truth and prediction are both empty.
         place: such as ``"slice 12 of 40"``; empty in 2-D.
     """
 
     image: NDArray[np.float32]
-    label: NDArray[np.uint8]
-    prediction: NDArray[np.uint8]
+    channels: list[Channels]
     aspect: float
-    dice: list[float]
     place: str
 
     @property
     def mean_dice(self) -> float:
-        """Over the classes that occur; 1 where none does."""
-        return float(np.nanmean(self.dice)) if not np.all(np.isnan(self.dice)) else 1.0
+        """Over the masks of the first task that has masks, those that occur; 1 where none does."""
+        dice = next((each.dice for each in self.channels if each.dice), [])
+        return float(np.nanmean(dice)) if not np.all(np.isnan(dice)) else 1.0
 
 
 def to_array(data: Any) -> NDArray[Any]:
@@ -60,21 +76,45 @@ def to_array(data: Any) -> NDArray[Any]:
     return np.asarray(data.detach().cpu() if hasattr(data, "detach") else data)
 
 
-def to_classes(data: ArrayLike, spatial_dims: int) -> NDArray[np.uint8]:
-    """Class indices (H, W[, D]) from (H, W[, D]), (1, H, W[, D]) or one-hot (C, H, W[, D])."""
-    array = to_array(data)
-    if array.ndim == spatial_dims:
-        return array.astype(np.uint8)
-    return (array[0] if len(array) == 1 else array.argmax(0)).astype(np.uint8)
+def compare(task: Task, target: ArrayLike, prediction: ArrayLike) -> Channels:
+    """What a dense task says over a whole case, beside the truth.
+
+    Args:
+        task: dense.
+        target: as in a sample: (1, H, W[, D]) class indices or (channels, H, W[, D]) masks, 255 where not labelled;
+            one-hot classes; or (channels, H, W[, D]) distances, NaN where not labelled.
+        prediction: (channels, H, W[, D]) probabilities, or distances.
+
+    Raises:
+        ValueError: where the two are not on one grid.
+    """
+    truth, found = to_array(target), to_array(prediction)
+    if truth.shape[1:] != found.shape[1:]:
+        raise ValueError(f"{task.name}: truth {truth.shape[1:]} and prediction {found.shape[1:]} differ in shape")
+    if task.kind == "distance":
+        known = ~np.isnan(truth)
+        return Channels(task, truth, found, channels_of(known), [])
+    if task.kind == "classes":
+        indices = truth[0] if len(truth) == 1 else truth.argmax(0)
+        truth = np.stack([np.where(indices == UNLABELLED, UNLABELLED, indices == k) for k in range(1, task.channels)])
+        found = np.stack([found.argmax(0) == k for k in range(1, task.channels)])
+    known = truth != UNLABELLED
+    truth, found = (truth == 1), (found >= 0.5)
+    dice = channel_dice(truth & known, found & known) if task.kind != "boundary" else []
+    return Channels(task, truth, found, channels_of(known), dice)
 
 
-def class_dice(label: NDArray[np.uint8], prediction: NDArray[np.uint8], num_classes: int) -> list[float]:
-    """Dice of classes 1 to num_classes - 1; NaN where a class is in neither."""
+def channels_of(known: NDArray[np.bool_]) -> list[bool]:
+    """Of each channel (n, ...), whether anything in it is known."""
+    return [bool(channel.any()) for channel in known]
+
+
+def channel_dice(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> list[float]:
+    """Dice of each of the masks (n, ...); NaN where a mask is empty in both."""
     scores = []
-    for index in range(1, num_classes):
-        truth, found = label == index, prediction == index
-        total = int(truth.sum()) + int(found.sum())
-        scores.append(2 * int((truth & found).sum()) / total if total else float("nan"))
+    for one, other in zip(truth, prediction, strict=True):
+        total = int(one.sum()) + int(other.sum())
+        scores.append(2 * int((one & other).sum()) / total if total else float("nan"))
     return scores
 
 
@@ -89,9 +129,7 @@ def to_canonical(array: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[An
 
 def pick(
     image: ArrayLike,
-    label: ArrayLike,
-    prediction: ArrayLike,
-    num_classes: int,
+    channels: Sequence[Channels],
     spacing: Sequence[float] | None = None,
     affine: ArrayLike | None = None,
 ) -> Slice:
@@ -99,38 +137,39 @@ def pick(
 
     Args:
         image: (C, H, W[, D]) in [0, 1]; three channels are shown in color, otherwise the first.
-        label: (H, W[, D]) or (1, H, W[, D]) classes, or (num_classes, H, W[, D]) one-hot, on the grid of the image.
-        prediction: likewise.
-        num_classes: background included.
+        channels: from :func:`compare`, on the grid of the image; the label is that of the first task with masks.
         spacing: of a pixel along each axis; 1 by default, or what the affine says.
         affine: (4, 4) of a volume, which is then shown in its anatomical directions (patient's right at the right).
 
     Raises:
-        ValueError: where the three are not on one grid.
+        ValueError: where they are not on one grid.
     """
     picture = to_array(image)
-    dims = picture.ndim - 1
-    truth, found = to_classes(label, dims), to_classes(prediction, dims)
-    if not picture.shape[1:] == truth.shape == found.shape:
-        raise ValueError(f"image {picture.shape[1:]}, label {truth.shape}, prediction {found.shape} differ in shape")
-    dice = class_dice(truth, found, num_classes)
-    if dims == 2:
+    for each in channels:
+        if each.truth.shape[1:] != picture.shape[1:]:
+            raise ValueError(f"image {picture.shape[1:]} and {each.task.name} {each.truth.shape[1:]} differ in shape")
+    if picture.ndim == 3:
         rows, columns = spacing or (1.0, 1.0)
-        return Slice(to_gray_or_color(picture), truth, found, rows / columns, dice, "")
+        return Slice(to_gray_or_color(picture), list(channels), rows / columns, "")
     if affine is not None:
         matrix = to_array(affine).astype(np.float64)
-        picture, truth, found = (to_canonical(array, matrix) for array in (picture, truth, found))
+        picture = to_canonical(picture, matrix)
+        channels = [
+            each._replace(truth=to_canonical(each.truth, matrix), prediction=to_canonical(each.prediction, matrix))
+            for each in channels
+        ]
         spacing = canonical_spacing(matrix)
     step = np.asarray(spacing or (1.0, 1.0, 1.0))
     axis = 2 - int(np.argmax(step[::-1]))
-    index = most_label(truth, axis)
+    index = most_label(next((each.truth for each in channels if each.dice), np.zeros((1, *picture.shape[1:]))), axis)
     across, up = (other for other in range(3) if other != axis)
 
     def plane(array: NDArray[Any]) -> NDArray[Any]:
         return np.swapaxes(np.take(array, index, axis=axis - 3), -2, -1)[..., ::-1, :].copy()
 
-    place = f"slice {index + 1} of {truth.shape[axis]}"
-    return Slice(to_gray_or_color(plane(picture)), plane(truth), plane(found), step[up] / step[across], dice, place)
+    place = f"slice {index + 1} of {picture.shape[axis + 1]}"
+    flat = [each._replace(truth=plane(each.truth), prediction=plane(each.prediction)) for each in channels]
+    return Slice(to_gray_or_color(plane(picture)), flat, step[up] / step[across], place)
 
 
 def canonical_spacing(affine: NDArray[np.float64]) -> list[float]:
@@ -141,10 +180,10 @@ def canonical_spacing(affine: NDArray[np.float64]) -> list[float]:
     return [float(lengths[np.flatnonzero(io_orientation(affine)[:, 0] == axis)[0]]) for axis in range(3)]
 
 
-def most_label(truth: NDArray[np.uint8], axis: int) -> int:
-    """The index along ``axis`` with most labelled voxels; the middle where nothing is labelled."""
-    areas = (truth > 0).sum(tuple(other for other in range(3) if other != axis))
-    return int(areas.argmax()) if areas.any() else truth.shape[axis] // 2
+def most_label(masks: NDArray[Any], axis: int) -> int:
+    """The index along ``axis`` with most labelled voxels of (n, X, Y, Z); the middle where nothing is labelled."""
+    areas = (masks > 0).sum((0, *(other + 1 for other in range(3) if other != axis)))
+    return int(areas.argmax()) if areas.any() else masks.shape[axis + 1] // 2
 
 
 def to_gray_or_color(picture: NDArray[Any]) -> NDArray[np.float32]:
@@ -153,43 +192,42 @@ def to_gray_or_color(picture: NDArray[Any]) -> NDArray[np.float32]:
     return np.moveaxis(clipped, 0, -1) if len(clipped) == 3 else clipped[0]
 
 
-def overlay(
-    plane: Slice, path: str | os.PathLike[str], class_names: Sequence[str] = (), title: str = "", dpi: int = 100
-) -> None:
-    """Writes a PNG: image, truth and prediction side by side, classes as tinted areas with an outline.
+def overlay(plane: Slice, path: str | os.PathLike[str], title: str = "", dpi: int = 100) -> None:
+    """Writes a PNG: image, truth and prediction side by side, a row for each dense task.
+
+    Masks are tinted areas with an outline; a signed distance is red inside and blue outside.
 
     Args:
         plane: from :func:`pick`.
         path: a ``.png`` file.
-        class_names: of all classes, background first.
         title: shown before the Dice of the case.
-        dpi: pixels per inch of the 9 inch wide picture.
+        dpi: pixels per inch of the picture.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    height, width = plane.label.shape
+    height, width = plane.image.shape[:2]
     ratio = min(2.5, max(0.4, height * plane.aspect / width))
-    figure = Figure(figsize=(9, 3 * ratio + 0.9), layout="constrained", dpi=dpi)
-    shown = {"image": np.zeros_like(plane.label), "truth": plane.label, "prediction": plane.prediction}
-    for axes, (name, classes) in zip(figure.subplots(1, 3), shown.items(), strict=True):
-        draw_plane(axes, plane, classes)
-        axes.set_title(name, fontsize=9)
-    names = [class_name(index, class_names) for index in range(1, len(plane.dice) + 1)]
-    parts = [title, plane.place, f"mean Dice {plane.mean_dice:.3f}"]
-    figure.suptitle("  ".join(part for part in parts if part), fontsize=10)
-    scores = ["absent" if np.isnan(score) else f"Dice {score:.3f}" for score in plane.dice]
-    patches = [
-        Patch(color=color(index), label=f"{name}  {score}")
-        for index, (name, score) in enumerate(zip(names, scores, strict=True), 1)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), fontsize=8, frameon=False)
+    rows = max(1, len(plane.channels))
+    figure = Figure(figsize=(11, rows * (3 * ratio + 0.35) + 0.5), layout="constrained", dpi=dpi)
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for axes in grid.ravel():
+        axes.imshow(plane.image, cmap="gray", vmin=0, vmax=1, aspect=plane.aspect, interpolation="nearest")
+        axes.set_axis_off()
+    for (first, second, third), each in zip(grid, plane.channels, strict=False):
+        draw_channels(second, each, each.truth, plane.aspect)
+        draw_channels(third, each, each.prediction, plane.aspect)
+        names = ("image", "truth", "prediction") if len(plane.channels) == 1 else ("image", *names_of(each.task))
+        for axes, name in zip((first, second, third), names, strict=True):
+            axes.set_title(name, fontsize=9)
+        draw_legend(third, each)
+    scored = [f"mean Dice {plane.mean_dice:.3f}"] if any(each.dice for each in plane.channels) else []
+    figure.suptitle("  ".join(part for part in [title, plane.place, *scored] if part), fontsize=10)
     write_figure(figure, path)
 
 
-def class_name(index: int, class_names: Sequence[str]) -> str:
-    """The name of class ``index``, or its number."""
-    return class_names[index] if index < len(class_names) else f"class {index}"
+def names_of(task: Task) -> tuple[str, str]:
+    """Titles of the panels of a task that is not alone."""
+    return f"{task.name}: truth", f"{task.name}: prediction"
 
 
 def color(index: int) -> str:
@@ -197,23 +235,46 @@ def color(index: int) -> str:
     return PALETTE[(index - 1) % len(PALETTE)]
 
 
-def draw_plane(axes: Axes, plane: Slice, classes: NDArray[np.uint8]) -> None:
-    """The image in gray or color, and over it the areas and outlines of ``classes``."""
+def draw_channels(axes: Axes, channels: Channels, values: NDArray[Any], aspect: float) -> None:
+    """The areas, or the first distance, of a task over the image."""
+    if channels.task.kind == "distance":
+        axes.imshow(values[0], cmap="coolwarm", vmin=-1, vmax=1, alpha=0.6, aspect=aspect, interpolation="nearest")
+        return
     from matplotlib.colors import to_rgba
 
-    axes.imshow(plane.image, cmap="gray", vmin=0, vmax=1, aspect=plane.aspect, interpolation="nearest")
-    axes.set_axis_off()
-    for index in np.unique(classes[classes > 0]).tolist():
-        inside: NDArray[np.bool_] = np.equal(classes, index)
-        tint = np.zeros((*inside.shape, 4))
-        tint[inside] = to_rgba(color(index), 0.3)
-        axes.imshow(tint, aspect=plane.aspect, interpolation="nearest")
+    for index, (area, known) in enumerate(zip(values, channels.labelled, strict=True), 1):
+        if known:
+            tint = np.zeros((*area.shape, 4))
+            tint[area] = to_rgba(color(index), 0.3)
+            axes.imshow(tint, aspect=aspect, interpolation="nearest")
+            outline(axes, area, color(index))
+
+
+def outline(axes: Axes, area: NDArray[np.bool_], ink: str) -> None:
+    """The border of an area (H, W), which may be empty."""
+    if area.any():
         # A margin closes outlines at the border of the image.
-        extent = np.arange(-1, inside.shape[1] + 1), np.arange(-1, inside.shape[0] + 1)
-        for ink, line in (("black", 2.4), (color(index), 1.2)):
-            axes.contour(*extent, np.pad(inside, 1).astype(float), [0.5], colors=ink, linewidths=line)
-    axes.set_xlim(-0.5, plane.label.shape[1] - 0.5)
-    axes.set_ylim(plane.label.shape[0] - 0.5, -0.5)
+        extent = np.arange(-1, area.shape[1] + 1), np.arange(-1, area.shape[0] + 1)
+        for line_color, line in (("black", 2.4), (ink, 1.2)):
+            axes.contour(*extent, np.pad(area, 1).astype(float), [0.5], colors=line_color, linewidths=line)
+        axes.set_xlim(-0.5, area.shape[1] - 0.5)
+        axes.set_ylim(area.shape[0] - 0.5, -0.5)
+
+
+def draw_legend(axes: Axes, channels: Channels) -> None:
+    """The names of a task's channels at the right of ``axes``, with their Dice over the whole case."""
+    from matplotlib.patches import Patch
+
+    task, lines = channels.task, []
+    for index, (name, known) in enumerate(zip(task.foreground, channels.labelled, strict=True)):
+        score = f"Dice {channels.dice[index]:.3f}" if channels.dice and not np.isnan(channels.dice[index]) else ""
+        remark = "not labelled" if not known else score or ("absent" if channels.dice else "")
+        lines.append(f"{name}  {remark}".rstrip())
+    handles = [Patch(color=color(index), label=line) for index, line in enumerate(lines, 1)]
+    if task.kind == "distance":
+        inside, outside = (Patch(color=ink, label=f"{word} {task.names[0]}") for ink, word in SIDES)
+        handles = [inside, outside]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -224,82 +285,25 @@ def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
-def routing_picture(records: Sequence[RoutingRecord], path: str | os.PathLike[str]) -> None:
-    """Writes a PNG with a panel for each expert: the weight of each expert's tokens at each site, and the entropy.
-
-    Args:
-        records: one for each router, at least one.
-        path: a ``.png`` file.
-    """
-    from matplotlib.figure import Figure
-
-    receivers = list(dict.fromkeys(record.expert for record in records))
-    sources = list(dict.fromkeys(name for record in records for name in record.usage))
-    sites = max(sum(record.expert == name for record in records) for name in receivers)
-    size = (1.2 + len(receivers) * (1.1 + 0.8 * len(sources)), 1.9 + 0.32 * sites)
-    figure = Figure(figsize=(max(5.0, size[0]), size[1]), layout="constrained", dpi=110)
-    panels = figure.subplots(1, len(receivers), squeeze=False)[0]
-    for axes, receiver in zip(panels, receivers, strict=True):
-        own = sorted((record for record in records if record.expert == receiver), key=lambda record: record.site)
-        values = np.array([[record.usage.get(name, 0.0) for name in sources] + [record.entropy] for record in own])
-        shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        axes.axvline(len(sources) - 0.5, color="white", linewidth=3)
-        axes.set_xticks(range(len(sources) + 1), [*sources, "entropy"], rotation=30, ha="right", fontsize=8)
-        axes.set_yticks(range(len(own)), [str(record.site) for record in own], fontsize=8)
-        axes.set_title(f"prompts of {receiver}", fontsize=9)
-        axes.set_ylabel("site", fontsize=8)
-        for (row, column), value in np.ndenumerate(values):
-            ink = "black" if value > 0.55 else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    bar = figure.colorbar(shown, ax=panels.tolist())
-    bar.set_label("share of weight; entropy / maximum", fontsize=7)
-    bar.ax.tick_params(labelsize=7)
-    write_figure(figure, path)
-
-
-class RoutingPicture:
-    """Writes ``routing.png`` to ``output_dir`` when the training ends.
-
-    Args:
-        log: the metrics log of the same trainer, which has the network's routing.
-        output_dir: of the run.
-    """
-
-    def __init__(self, log: MetricsLog, output_dir: str | os.PathLike[str]) -> None:
-        self.log, self.path = log, Path(output_dir) / "routing.png"
-
-    def attach(self, trainer: Workflow) -> None:
-        """Registers with ``trainer``."""
-        trainer.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, trainer: Workflow) -> None:
-        if self.log.routing:
-            routing_picture(self.log.routing, self.path)
-
-
 class Overlays:
     """Writes overlays of the first and of the worst validation cases, whenever the key metric is the best so far.
 
     The files in ``output_dir/overlays`` are numbered; ``index.json`` beside them, which is not sent to MLflow, says
-    which case each one shows. Batches must be decollated, and image, label and prediction on one grid.
+    which case each one shows. Batches must be decollated, and image, targets and predictions on one grid, see
+    :class:`medmoe.data.postprocess.TaskResults`. What is said of whole images stands in the titles.
 
     Args:
         output_dir: of the run.
-        num_classes: background included.
-        class_names: of all classes, background first.
+        tasks: of the network.
         first: how many of the first cases to show.
-        worst: how many of the cases with the lowest mean Dice to show.
+        worst: how many of the cases with the lowest score to show: mean Dice, or without masks the probability of the
+            true class of the first image-level task.
     """
 
     def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        num_classes: int,
-        class_names: Sequence[str] = (),
-        first: int = 2,
-        worst: int = 2,
+        self, output_dir: str | os.PathLike[str], tasks: Sequence[Task], first: int = 2, worst: int = 2
     ) -> None:
-        self.folder, self.num_classes, self.class_names = Path(output_dir) / "overlays", num_classes, class_names
+        self.folder, self.tasks = Path(output_dir) / "overlays", list(tasks)
         self.first, self.worst = first, worst
 
     def attach(self, evaluator: Workflow) -> None:
@@ -311,30 +315,70 @@ class Overlays:
     def start(self, evaluator: Workflow) -> None:
         """Forgets the cases of the last validation."""
         self.count = 0
-        self.firsts: list[tuple[str, Slice]] = []
-        self.worsts: list[tuple[float, int, str, Slice]] = []
+        self.firsts: list[Shown] = []
+        self.worsts: list[tuple[float, int, Shown]] = []
 
     def collect(self, evaluator: Workflow) -> None:
         """Keeps one plane of each case that is among the first or, so far, the worst."""
         for item, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):
-            affine = getattr(output["label"], "affine", None) if output["image"].ndim == 4 else None
-            plane = pick(output["image"], output["label"], output["pred"], self.num_classes, affine=affine)
-            name = str(item.get("case", self.count))
+            shown = self.shown(str(item.get("case", self.count)), output)
             if self.count < self.first:
-                self.firsts.append((name, plane))
-            heapq.heappush(self.worsts, (-plane.mean_dice, -self.count, name, plane))
+                self.firsts.append(shown)
+            heapq.heappush(self.worsts, (-shown.score, -self.count, shown))
             if len(self.worsts) > self.worst:
                 heapq.heappop(self.worsts)
             self.count += 1
+
+    def shown(self, case: str, output: Mapping[str, Any]) -> Shown:
+        """What there is to show of a case."""
+        pairs = {task: pair_of(task, output) for task in self.tasks}
+        affine = getattr(output["image"], "affine", None) if output["image"].ndim == 4 else None
+        plane = pick(output["image"], [compare(task, *pairs[task]) for task in self.tasks if task.dense], affine=affine)
+        said = [(task, int(pairs[task][0]), to_array(pairs[task][1])) for task in self.tasks if not task.dense]
+        verdicts = [verdict(*each) for each in said]
+        certain = [float(found[target]) for _, target, found in said if target >= 0]
+        score = plane.mean_dice if plane.channels else (certain or [1.0])[0]
+        return Shown(case, plane, score, "  ".join(verdicts))
 
     def draw(self, evaluator: Workflow) -> None:
         """Writes the pictures, if this validation is the best so far."""
         if evaluator.state.best_metric_epoch not in (-1, evaluator.state.epoch):
             return
-        worst = [(name, plane) for _, _, name, plane in sorted(self.worsts, reverse=True, key=lambda entry: entry[:2])]
-        shown = {f"first_{number}.png": entry for number, entry in enumerate(self.firsts, 1)}
-        shown |= {f"worst_{number}.png": entry for number, entry in enumerate(worst, 1)}
-        for file, (_, plane) in shown.items():
-            overlay(plane, self.folder / file, self.class_names, Path(file).stem.replace("_", " "))
-        index = {file: {"case": name, "mean_dice": plane.mean_dice} for file, (name, plane) in shown.items()}
+        worst = [shown for _, _, shown in sorted(self.worsts, reverse=True, key=lambda entry: entry[:2])]
+        files = {f"first_{number}.png": shown for number, shown in enumerate(self.firsts, 1)}
+        files |= {f"worst_{number}.png": shown for number, shown in enumerate(worst, 1)}
+        for file, shown in files.items():
+            title = "  ".join(filter(None, [Path(file).stem.replace("_", " "), shown.verdicts]))
+            overlay(shown.plane, self.folder / file, title)
+        index = {file: {"case": shown.case, "score": shown.score} for file, shown in files.items()}
         write_text(self.folder / "index.json", json.dumps(index, indent=2) + "\n")
+
+
+class Shown(NamedTuple):
+    """A case that may be drawn.
+
+    Attributes:
+        case: its name.
+        plane: to draw.
+        score: by which the worst cases are chosen.
+        verdicts: what is said of the whole image.
+    """
+
+    case: str
+    plane: Slice
+    score: float
+    verdicts: str
+
+
+def pair_of(task: Task, output: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Target and prediction of a task in an evaluator's output; where it stands alone they may be label and pred."""
+    if f"pred_{task.name}" in output:
+        return output[f"target_{task.name}"], output[f"pred_{task.name}"]
+    return output["label"], output["pred"]
+
+
+def verdict(task: Task, target: int, probabilities: NDArray[Any]) -> str:
+    """Such as ``"nodule: yes (0.83), truth no"``."""
+    best = int(probabilities.argmax())
+    truth = f", truth {task.names[target]}" if target >= 0 else ""
+    return f"{task.name}: {task.names[best]} ({probabilities[best]:.2f}){truth}"

@@ -30,7 +30,7 @@ from monai.bundle.utils import ID_SEP_KEY as SEP
 
 from medmoe.errors import ConfigError
 from medmoe.training import excepthook
-from medmoe.training.settings import RULES, nearest, problems
+from medmoe.training.settings import EXPERTS, RULES, nearest, problems
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("dataset_dir", "checkpoint"),
     "inference": ("input", "checkpoint"),
 }
-WEIGHTS = ("general_weights", "medical_weights")
+WEIGHTS = tuple(f"{name}_weights" for name in EXPERTS)
 ADVICE: Mapping[str, str] = {
     "dataset_dir": "Give --dataset_dir DIR, or make the demo data: python data_scripts/mni152_tissue.py",
     "checkpoint": "Train first, or give --checkpoint FILE (or the --output_dir of the training run)",

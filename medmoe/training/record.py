@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from medmoe.files import write_text
-from medmoe.training.checkpoint import expert_identities, literals
+from medmoe.networks.cost import cost_card
+from medmoe.training.checkpoint import descriptions, literals
 from medmoe.training.optim import parameter_counts
 from medmoe.training.tracking import SECRET, redact
 
@@ -39,8 +40,9 @@ def write_record(
     Args:
         output_dir: of the run; when it is resumed, the record of the first start is kept below ``before``.
         settings: the bundle's top-level settings.
-        splits: the cases of each split, each with ``image`` and ``label``.
-        network: whose parameters are counted and whose experts are named.
+        splits: the cases of each split, see :mod:`medmoe.data.datalist`.
+        network: whose parameters are counted and whose experts, tasks and conditions are named. Its cost card is made
+            where the settings say how large a window is (``roi_size``).
     """
     path = Path(output_dir) / "run.json"
     record: dict[str, Any] = {
@@ -48,8 +50,9 @@ def write_record(
         "command": command_line(sys.argv),
         "settings": {key: masked(key, value) for key, value in literals(settings).items()},
         "data": {name: {"cases": len(cases), "fingerprint": fingerprint(cases)} for name, cases in splits.items()},
-        "experts": expert_identities(network),
+        **descriptions(network),
         "parameters": parameter_counts(network),
+        "cost": cost_card(network, settings["roi_size"]) if "roi_size" in settings else None,
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -78,28 +81,37 @@ def command_line(arguments: Iterable[str]) -> list[str]:
 
 
 def fingerprint(cases: Sequence[Mapping[str, Any]]) -> str:
-    """A sha256 over the names of cases and their files' sizes and first and last 64 KiB, independent of where they lie.
+    """A sha256 over the names of cases, their values (classes, conditions), and their files' sizes and ends.
 
-    Compressed files end in a checksum of all they hold, so that the ends tell; a change in the middle of a large
-    uncompressed file of the same size is not seen.
+    It does not depend on where the files lie. Of a file the first and last 64 KiB count: compressed files end in a
+    checksum of all they hold, so that the ends tell; a change in the middle of a large uncompressed file of the same
+    size is not seen.
     """
     digest = hashlib.sha256()
     for case in sorted(cases, key=lambda case: str(case.get("case"))):
         digest.update(f"{case.get('case')}\n".encode())
-        for key in ("image", "label"):
-            for path in files_of(case.get(key)):
+        for key, value in sorted(entries_of(case).items()):
+            paths = files_of(value)
+            for path in paths:
                 digest.update(f"{key} {path.name} {path.stat().st_size}\n".encode())
                 digest.update(ends(path))
+            if not paths and value is not None:
+                digest.update(f"{key} {value}\n".encode())
     return digest.hexdigest()
 
 
+def entries_of(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Image, targets and conditions of a case."""
+    entries = {key: value for key, value in case.items() if key not in ("case", "split", "condition")}
+    return entries | {f"condition.{key}": value for key, value in (case.get("condition") or {}).items()}
+
+
 def files_of(entry: Any) -> list[Path]:
-    """The files of an entry of a case: one path, a list of them, or a folder."""
-    if entry is None:
-        return []
-    entries = [Path(item) for item in entry] if isinstance(entry, list | tuple) else [Path(entry)]
-    inside = [sorted(path.iterdir()) if path.is_dir() else [path] for path in entries]
-    return [path for paths in inside for path in paths if path.is_file()]
+    """The files of an entry of a case: one path, a list of them, or a folder; what is no file is left out."""
+    items = entry if isinstance(entry, list | tuple) else [entry]
+    paths = [Path(item) for item in items if isinstance(item, str | os.PathLike)]
+    inside = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
+    return [path for group in inside for path in group if path.is_file()]
 
 
 def ends(path: Path) -> bytes:

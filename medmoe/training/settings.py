@@ -11,12 +11,21 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from medmoe.conditions import KINDS as CONDITION_KINDS
 from medmoe.data.datalist import SPLITS
 from medmoe.decoders.fusion import FUSIONS
 from medmoe.errors import ExpertError
 from medmoe.experts import catalog
+from medmoe.moe.mope import ROUTERS
 from medmoe.moe.pmoe import DISPATCHES, EXCHANGES, FORMS
+from medmoe.networks.network import WEIGHTINGS
 from medmoe.networks.precision import PRECISIONS
+from medmoe.networks.trunk import CONDITIONINGS
+from medmoe.tasks import task_problems
+from medmoe.training.mismatch import EXPERTS
+
+PROMPTERS = ("pmoe", "vpt", "none")
+DECODERS = ("plain", "fgmoe")
 
 Rule = Callable[[Any], str]
 """Gives "" for a value that will do, and what was expected otherwise."""
@@ -79,6 +88,16 @@ def string(value: Any) -> str:
     return "" if isinstance(value, str) else "a name (or '' for none)"
 
 
+def prompt_count(value: Any) -> str:
+    """At least one prompt: a dispatcher has nothing to fill otherwise."""
+    return whole(1)(value) and "a whole number of at least 1 (for no prompts: --prompter none)"
+
+
+def fraction(value: Any) -> str:
+    """A share, from 0 to 1."""
+    return "a number from 0 to 1" if number(least=0)(value) or value > 1 else ""
+
+
 def optional(rule: Rule) -> Rule:
     """``None``, or what ``rule`` wants."""
     return lambda value: "" if value is None else rule(value)
@@ -120,6 +139,32 @@ def names(value: Any) -> str:
     good = isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
     good = good and len(set(value)) == len(value)
     return "" if good else "a list of different names, such as \"['background','polyp']\""
+
+
+def tasks(value: Any) -> str:
+    """A list of tasks, as :func:`medmoe.tasks.make_tasks` takes it."""
+    return "; ".join(task_problems(value))
+
+
+def conditions(value: Any) -> str:
+    """A list of conditions, each with a name and a kind."""
+    kinds = ", ".join(CONDITION_KINDS)
+    example = "such as [{'name': 'age', 'kind': 'number'}]"
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, Mapping) for item in value):
+        return f"a list of conditions, {example}"
+    for item in value:
+        if set(item) != {"name", "kind"} or text(item["name"]):
+            return f"for each condition a name and a kind, {example}; found {dict(item)}"
+        if item["kind"] not in CONDITION_KINDS:
+            return f"for {item['name']} a kind out of {kinds}. {nearest(str(item['kind']), CONDITION_KINDS)}".strip()
+    called = [item["name"] for item in value]
+    return "" if len(set(called)) == len(called) else "each condition once"
+
+
+def kernels(value: Any) -> str:
+    """Odd sizes of convolutions, or none."""
+    good = isinstance(value, (list, tuple)) and not any(map(whole(1), value)) and all(item % 2 for item in value)
+    return "" if good else "a list of odd sizes, such as [3, 5, 7], or [] for no convolutions"
 
 
 def channels(value: Any) -> str:
@@ -169,20 +214,34 @@ RULES: Mapping[str, Rule] = {
     "accumulate": whole(1),
     "resume": truth,
     "num_workers": whole(0),
-    "general": optional(expert),
-    "medical": optional(expert),
-    "general_size": optional(whole(1)),
-    "medical_size": optional(whole(1)),
-    "general_weights": optional(text),
-    "medical_weights": optional(text),
-    "prompt_general": truth,
-    "prompt_medical": truth,
-    "general_channels": optional(channels),
-    "medical_channels": optional(channels),
-    "general_lora": whole(0),
-    "general_lora_targets": optional(names),
-    "medical_lora_targets": optional(names),
-    "medical_lora": whole(0),
+    **{name: optional(expert) for name in EXPERTS},
+    **{f"{name}_size": optional(whole(1)) for name in EXPERTS},
+    **{f"{name}_weights": optional(text) for name in EXPERTS},
+    **{f"{name}_channels": optional(channels) for name in EXPERTS},
+    **{f"prompt_{name}": truth for name in EXPERTS},
+    **{f"{name}_lora": whole(0) for name in EXPERTS},
+    **{f"{name}_lora_targets": optional(names) for name in EXPERTS},
+    **{f"{name}_adaroute": whole(0) for name in EXPERTS},
+    "adaroute_kernels": kernels,
+    "tasks": optional(tasks),
+    "task_weighting": one_of(*WEIGHTINGS),
+    "table": optional(text),
+    "conditions": optional(conditions),
+    "text_encoder": string,
+    "shuffle_conditions": truth,
+    "missing_conditions": fraction,
+    "resize": optional(each(whole(1))),
+    "mope_prompts": whole(1),
+    "mope_experts": whole(1),
+    "mope_router": one_of(*ROUTERS),
+    "mope_dropout": number(least=0, below=1),
+    "conditioning": one_of(*CONDITIONINGS),
+    "condition_expert": whole(0),
+    "decoder": one_of(*DECODERS),
+    "fgmoe_slices": whole(1),
+    "fgmoe_top_k": whole(1),
+    "activation_checkpointing": truth,
+    "router_lr": optional(number(above=0)),
     "neighbors": truth,
     "site_range": optional(span),
     "decoder_channels": whole(1),
@@ -193,7 +252,10 @@ RULES: Mapping[str, Rule] = {
     "tracking_uri": string,
     "experiment": text,
     "run_name": string,
-    "num_prompts": whole(0),
+    "prompter": one_of(*PROMPTERS),
+    "num_prompts": prompt_count,
+    "top_k": whole(1),
+    "shared_prompts": truth,
     "dispatch": one_of(*DISPATCHES),
     "form": one_of(*FORMS),
     "exchange": one_of(*EXCHANGES),
@@ -205,7 +267,7 @@ RULES: Mapping[str, Rule] = {
     "split": one_of(*SPLITS),
 }
 
-PER_AXIS = ("roi_size", "spacing")
+PER_AXIS = ("roi_size", "spacing", "resize")
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
@@ -223,19 +285,53 @@ def contradictions(settings: Mapping[str, Any]) -> list[str]:
         value = settings.get(name)
         if dims and isinstance(value, Sequence) and len(value) != dims:
             found.append(f"{name}: found {list(value)}, expected {dims} values, because spatial_dims is {dims}")
-    if not any(settings.get(name, True) for name in ("general", "medical")):
+    classes, called = settings.get("num_classes"), settings.get("class_names")
+    if classes and called and len(called) != classes and not settings.get("tasks"):
+        found.append(
+            f"class_names: found {list(called)}, expected {classes} names, because num_classes is {classes} "
+            "(the background is a class and comes first)"
+        )
+    return found + expert_contradictions(settings) + method_contradictions(settings)
+
+
+def expert_contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """Experts that are not there, or that do not fit the image."""
+    found = []
+    used = [name for name in EXPERTS if settings.get(name)]
+    if not used and {"general", "medical"} <= set(settings):
         found.append("general and medical: found neither, expected at least one expert")
     count = settings.get("in_channels") or 1
-    for name in ("general", "medical"):
+    for name in EXPERTS:
         chosen = settings.get(f"{name}_channels")
         if chosen and max(chosen) >= count:
             found.append(f"{name}_channels: found {list(chosen)}, expected numbers below in_channels, which is {count}")
         elif count > 3 and settings.get(name) and not chosen:
             found.append(f"{name}_channels: an expert sees three of the {count} channels: say which, such as [0, 1, 2]")
-    classes, called = settings.get("num_classes"), settings.get("class_names")
-    if classes and called and len(called) != classes:
+    chosen = settings.get("condition_expert")
+    if settings.get("conditions") and used and chosen is not None and chosen >= len(used):
         found.append(
-            f"class_names: found {list(called)}, expected {classes} names, because num_classes is {classes} "
-            "(the background is a class and comes first)"
+            f"condition_expert: found {chosen}, expected 0 to {len(used) - 1}: the experts are {', '.join(used)}"
         )
+    return found
+
+
+def method_contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of the methods that do not go together."""
+    found = []
+    slices, top_k = settings.get("fgmoe_slices"), settings.get("fgmoe_top_k")
+    if settings.get("decoder") == "fgmoe" and slices and top_k and top_k > slices:
+        found.append(f"fgmoe_top_k: found {top_k}, expected 1 to {slices}, because fgmoe_slices is {slices}")
+    hidden = 4 * (settings.get("decoder_channels") or 0)
+    if settings.get("decoder") == "fgmoe" and slices and hidden % slices:
+        found.append(
+            f"fgmoe_slices: found {slices}, expected a divisor of {hidden}, the hidden width (4 x decoder_channels)"
+        )
+    wanted = settings.get("conditions") or []
+    columns = [item["name"] for item in wanted if item["kind"] != "image"]
+    if columns and not settings.get("table"):
+        found.append(f"table: found none, expected a CSV file with the columns {', '.join(columns)} of conditions")
+    if any(item["kind"] == "text" for item in wanted) and not settings.get("text_encoder"):
+        found.append("text_encoder: found none, expected a name or path for transformers: a condition is a text")
+    if wanted and not any(settings.get(name) and settings.get(f"prompt_{name}", True) for name in EXPERTS):
+        found.append("conditions: they enter through prompts, but no expert is prompted: set --prompt_general True")
     return found

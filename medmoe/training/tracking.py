@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ARTIFACTS = (BEST, "run.json", "metrics.jsonl", "routing.png", "overlays/*.png")
+ARTIFACTS = (BEST, "run.json", "metrics.jsonl", "routing*.png", "overlays/*.png")
 PARAM_LENGTH, PARAM_BATCH, METRIC_BATCH = 500, 100, 1000
 SECRET = re.compile(r"token|secret|password|passwd|credential|api_?key", re.IGNORECASE)
 
@@ -58,7 +58,8 @@ def metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, float | None, i
     first = row["iteration"] - len(row.get("losses", ())) + 1
     for step, loss in enumerate(row.get("losses", ()), first):
         yield "train/step_loss", loss, step
-    for group, prefix in (("lr", "lr/"), ("metrics", ""), ("routing", ""), ("memory", "memory_gib/")):
+    prefixes = {"terms": "losses/", "lr": "lr/", "metrics": "", "routing": "", "memory": "memory_gib/"}
+    for group, prefix in prefixes.items():
         for name, value in row.get(group, {}).items():
             yield prefix + name, value, epoch
     yield "seconds", row["seconds"], epoch

@@ -13,6 +13,7 @@ from monai.inferers import SlidingWindowInferer
 from medmoe.data import augmentation
 from medmoe.errors import ConfigError
 from medmoe.inference.inferer import sliding_window, window_count
+from medmoe.tasks import Task, single_task
 
 
 class Counting(torch.nn.Module):
@@ -123,3 +124,105 @@ def test_settings_out_of_range(arguments: dict, expected: str) -> None:
 def test_image_of_other_dimension() -> None:
     with pytest.raises(ConfigError, match=r"2-D .* 3 numbers"):
         sliding_window(8, 3)(torch.rand(1, 1, 20, 20), Counting(2))
+
+
+ORGANS, EDGES = Task("organs", "labels", ("a", "b")), Task("edges", "boundary", ("a", "b"), of="organs")
+GRADE = Task("grade", "image", ("low", "middle", "high"))
+
+
+class Several(torch.nn.Module):
+    """Dense tasks look around each voxel and at the condition; the image-level one sees means of all there is."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        super().__init__()
+        self.tasks, self.dense = tasks, [task for task in tasks if task.dense]
+        self.convolution = torch.nn.Conv2d(1, sum(task.channels for task in self.dense) or 1, 3, padding=1)
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def of_condition(self, image: torch.Tensor, condition: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        numbers = torch.zeros(1, 1) if condition is None else condition["numbers"]
+        return numbers.expand(len(image), 1)
+
+    def forward(self, image: torch.Tensor, condition: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        self.seen.append(("forward", tuple(image.shape)))
+        return self.convolution(image) + self.of_condition(image, condition)[..., None, None]
+
+    def split(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = logits.split([task.channels for task in self.dense], 1)
+        return {task.name: part for task, part in zip(self.dense, parts, strict=True)}
+
+    def image_outputs(self, image: torch.Tensor, condition: dict[str, torch.Tensor] | None = None) -> dict:
+        self.seen.append(("image", tuple(image.shape)))
+        mean = image.mean((1, 2, 3))[:, None] + self.of_condition(image, condition)
+        return {task.name: mean.expand(-1, task.channels) for task in self.tasks if not task.dense}
+
+    def outputs(self, image: torch.Tensor, condition: dict[str, torch.Tensor] | None = None) -> dict:
+        dense = self.split(self(image, condition)) if self.dense else {}
+        return dense | self.image_outputs(image, condition)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_dense_tasks_come_from_windows_and_the_image_is_judged_once_and_whole(given: bool) -> None:
+    network, image = Several([ORGANS, GRADE, EDGES]), torch.rand(2, 1, 30, 26)
+    condition = {"numbers": torch.tensor([[1.0], [5.0]])} if given else None
+    outputs = sliding_window(12, 2)(image, network, condition=condition)
+    calls = network.seen.copy()
+    assert calls.count(("image", (2, 1, 30, 26))) == 1 and sum(name == "image" for name, _ in calls) == 1
+    assert {shape[2:] for name, shape in calls if name == "forward"} == {(12, 12)}
+    assert {name: tuple(logits.shape) for name, logits in outputs.items()} == {
+        "organs": (2, 2, 30, 26),
+        "edges": (2, 2, 30, 26),
+        "grade": (2, 3),
+    }
+    torch.testing.assert_close(outputs["grade"], network.image_outputs(image, condition)["grade"])
+    for index in range(2):
+        one = None if condition is None else {"numbers": condition["numbers"][index : index + 1]}
+        bound = SlidingWindowInferer((12, 12), 4, 0.25, mode="gaussian")
+        expected = network.split(bound(image[index : index + 1], lambda x, one=one: network(x, one)))
+        for name, logits in expected.items():
+            torch.testing.assert_close(outputs[name][index], logits[0])
+
+
+@torch.no_grad()
+def test_a_condition_belongs_to_its_image_in_plain_segmentation_too() -> None:
+    network, image = Several([ORGANS]), torch.rand(2, 1, 20, 20)
+    network.tasks = single_task(2)
+    condition = {"numbers": torch.tensor([[1.0], [50.0]])}
+    logits = sliding_window(8, 2)(image, network, condition=condition)
+    assert logits.shape == (2, 2, 20, 20)
+    difference = sliding_window(8, 2)(image, network) - logits
+    torch.testing.assert_close(difference, -condition["numbers"][..., None, None].expand_as(logits))
+    of_all = sliding_window(8, 2)(image, network, condition={"numbers": torch.tensor([[3.0]])})
+    torch.testing.assert_close(of_all, logits + difference + 3)
+
+
+@pytest.mark.parametrize("size", [(24, 17), (32, 32)])
+@torch.no_grad()
+def test_an_image_within_the_window_is_seen_once(size: tuple[int, int]) -> None:
+    network, image = Several([ORGANS, GRADE]), torch.rand(1, 1, *size)
+    outputs = sliding_window(32, 2)(image, network, condition={"numbers": torch.ones(1, 1)})
+    assert network.seen == [("forward", (1, 1, 32, 32)), ("image", (1, 1, 32, 32))]
+    padded = augmentation(2, 32, "none")({"image": image[0], "label": image[0]})["image"][None]
+    expected = network.outputs(padded, {"numbers": torch.ones(1, 1)})
+    top, left = ((32 - side) // 2 for side in size)
+    inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+    torch.testing.assert_close(outputs["organs"], expected["organs"][inside])
+    torch.testing.assert_close(outputs["grade"], expected["grade"])
+
+
+@pytest.mark.parametrize("size", [(20, 30), (50, 60), (-1, 60)])
+@torch.no_grad()
+def test_an_image_level_network_sees_the_whole_image(size: tuple[int, int]) -> None:
+    network = Several([GRADE])
+    outputs = sliding_window(32, 2)(torch.rand(3, 1, max(size[0], 10), size[1]), network)
+    assert set(outputs) == {"grade"} and outputs["grade"].shape == (3, 3)
+    assert network.seen == [("image", (3, 1, max(size[0], 32), max(size[1], 32)))]
+
+
+@torch.no_grad()
+def test_a_mask_with_another_name_than_that_of_plain_segmentation_is_in_a_dictionary() -> None:
+    image = MetaTensor(torch.rand(1, 1, 20, 20))
+    for size in (8, 20, 32):
+        outputs = sliding_window(size, 2)(image, Several([ORGANS]))
+        assert set(outputs) == {"organs"} and outputs["organs"].shape == (1, 2, 20, 20)

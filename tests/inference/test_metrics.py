@@ -1,31 +1,25 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Metrics against brute force, the rules for absent classes, and the table of cases."""
+"""Scores against brute force and scikit-learn, and the rules for absent classes."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, MetaTensor, list_data_collate
-from monai.engines import SupervisedEvaluator
+from monai.data import MetaTensor
 from monai.metrics import compute_hausdorff_distance
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
-from threshold_network import Threshold
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, roc_auc_score
 
-from medmoe.data import Case, CaseDataset, evaluation_preprocessing, loader, postprocessing
-from medmoe.errors import ConfigError, DataError
-from medmoe.inference.inferer import sliding_window
-from medmoe.inference.metrics import CaseDice, CaseHD95, CaseIoU, CaseTable, dice, foreground_names, hd95, iou
+from medmoe.inference import metrics
+from medmoe.inference.metrics import boundary_f1, dice, distance_error, hd95, iou
+from medmoe.tasks import DISTANCE_LIMIT
 
 
 def blobs(classes: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -92,91 +86,57 @@ def test_absent_classes() -> None:
     assert dice(full, label) == 1 and iou(full, label) == 1 and hd95(full, label) == 0
 
 
-def evaluate(pairs: list[tuple[torch.Tensor, torch.Tensor]], *handlers: object) -> SupervisedEvaluator:
-    """Runs an evaluator whose network gives the prediction that travels as the image."""
-    samples = [
-        {"image": MetaTensor(p.float()), "label": MetaTensor(t.float()), "case": f"case {i}"}
-        for i, (p, t) in enumerate(pairs)
-    ]
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=DataLoader(samples, batch_size=2, collate_fn=list_data_collate),
-        network=torch.nn.Identity(),
-        key_val_metric={"val_mean_dice": CaseDice()},
-        additional_metrics={"val_mean_iou": CaseIoU(), "val_mean_hd95": CaseHD95()},
-        val_handlers=handlers,
-    )
-    evaluator.run()
-    return evaluator
+@pytest.mark.parametrize("shape", [(17, 14), (11, 9, 7)])
+def test_boundaries_within_two_voxels_against_brute_force(shape: tuple[int, ...]) -> None:
+    prediction, label = torch.rand(4, *shape) < 0.03, torch.rand(4, *shape) < 0.03
+    prediction[:, 4, 5], label[:, 4, 6] = True, True
+    expected = []
+    for one, other in zip(prediction.numpy(), label.numpy(), strict=True):
+        near = cdist(np.argwhere(one), np.argwhere(other)) <= 2
+        precision, recall = near.any(1).mean(), near.any(0).mean()
+        expected.append(2 * precision * recall / (precision + recall))
+    np.testing.assert_allclose(boundary_f1(prediction, label), expected)
 
 
-def test_table_in_an_evaluator(tmp_path: Path) -> None:
-    pairs = [(blobs(3, (9, 8)), blobs(3, (9, 8))) for _ in range(5)]
-    for p, t in pairs[:2]:
-        p[2], t[2] = False, False
-    pairs[3][0][2] = False
-    table = CaseTable(3, ["background", "left side", "right"], tmp_path / "results" / "cases")
-    evaluator = evaluate(pairs, table)
-    expected = torch.stack([dice(p[1:], t[1:]) for p, t in pairs])
-    assert expected[:, 1].isnan().sum() == 2 and expected[3, 1] == 0
-    metrics = evaluator.state.metrics
-    assert metrics["val_dice_left_side"] == pytest.approx(float(expected[:, 0].mean()))
-    assert metrics["val_dice_right"] == pytest.approx(float(expected[2:, 1].mean()))
-    assert metrics["val_mean_dice"] == pytest.approx((metrics["val_dice_left_side"] + metrics["val_dice_right"]) / 2)
-    assert evaluator.state.best_metric == metrics["val_mean_dice"]
-    content = json.loads((tmp_path / "results" / "cases.json").read_text())
-    assert content["mean"].keys() == {"val_mean_dice", "val_mean_iou", "val_mean_hd95"}
-    assert content["cases"][0]["case"] == "case 0" and content["cases"][0]["val_dice_right"] is None
-    assert content["cases"][3]["val_hd95_right"] == pytest.approx(math.hypot(9, 8))
-    with open(tmp_path / "results" / "cases.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows] == [f"case {i}" for i in range(5)] + ["mean"]
-    assert rows[1]["val_dice_right"] == "" and rows[3]["val_dice_right"] == "0.000000"
-    assert float(rows[-1]["val_iou_left_side"]) == pytest.approx(metrics["val_iou_left_side"], abs=1e-6)
-    evaluator.run()
-    assert len(table.cases) == 5
+def test_boundaries_that_are_absent_or_shifted() -> None:
+    line = torch.zeros(1, 20, 20, dtype=torch.bool)
+    line[:, 8] = True
+    nothing = torch.zeros_like(line)
+    assert [float(boundary_f1(line.roll(shift, 1), line)) for shift in (0, 2, -2, 3)] == [1, 1, 1, 0]
+    assert boundary_f1(line, nothing) == 0 and boundary_f1(nothing, line) == 0
+    assert math.isnan(boundary_f1(nothing, nothing))
 
 
-@pytest.mark.parametrize("spacing", [None, [1.0, 1.0, 1.0]])
-def test_judged_in_millimeters_on_the_grid_of_the_file(tmp_path: Path, spacing: list[float] | None) -> None:
-    values = np.zeros((30, 24, 16), np.uint8)
-    values[8:20, 6:18, 4:10] = 100
-    affine = np.array([[0, -0.8, 0, 5], [-1.25, 0, 0, 90], [0, 0, 3.0, -7], [0, 0, 0, 1.0]])
-    shifted = np.roll(values > 0, 2, axis=2).astype(np.uint8)
-    nib.save(nib.Nifti1Image(values, affine), tmp_path / "image.nii.gz")
-    nib.save(nib.Nifti1Image(shifted, affine), tmp_path / "label.nii.gz")
-    case = Case(case="a", image=str(tmp_path / "image.nii.gz"), label=str(tmp_path / "label.nii.gz"))
-    preprocessing = evaluation_preprocessing(3, 1, spacing, [0, 100])
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=loader(CaseDataset([case], preprocessing)),
-        network=Threshold(0.5),
-        inferer=sliding_window(12, 3),
-        postprocessing=postprocessing(2, preprocessing),
-        key_val_metric={"val_mean_dice": CaseDice()},
-        additional_metrics={"val_mean_hd95": CaseHD95()},
-    )
-    evaluator.run()
-    assert evaluator.state.metrics["val_mean_hd95"] == pytest.approx(6.0, abs=1e-6 if spacing is None else 1.5)
-    assert evaluator.state.metrics["val_mean_dice"] == pytest.approx(4 / 6, abs=1e-6 if spacing is None else 0.05)
+def test_distances_are_judged_in_voxels_where_they_are_labelled() -> None:
+    prediction, target = torch.randn(3, 8, 9), torch.rand(3, 8, 9) * 2 - 1
+    target[0, :4], target[2] = math.nan, math.nan
+    error = np.abs(prediction.clamp(-1, 1).numpy() - target.numpy()) * DISTANCE_LIMIT
+    expected = [np.nanmean(error[0]), error[1].mean()]
+    np.testing.assert_allclose(distance_error(prediction, target)[:2], expected, rtol=1e-5)
+    assert math.isnan(distance_error(prediction, target)[2])
+    assert distance_error(torch.full((1, 4), 7.0), torch.ones(1, 4)) == 0  # what lies beyond the limit is the limit
 
 
-def test_table_without_files_only_adds_metrics(tmp_path: Path) -> None:
-    evaluator = evaluate([(blobs(2, (5, 5, 5)), blobs(2, (5, 5, 5)))], CaseTable(2))
-    assert {"val_dice_class_1", "val_iou_class_1", "val_hd95_class_1"} < evaluator.state.metrics.keys()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("classes", [2, 4])
+def test_image_scores_are_scikit_learns(classes: int) -> None:
+    target = torch.cat([torch.arange(classes), torch.randint(0, classes, (30,))])
+    probabilities = torch.randn(len(target), classes).mul(2).round().div(2).double().softmax(1)  # rounded: ties
+    p, t = probabilities.numpy(), target.numpy()
+    scores = p[:, 1] if classes == 2 else p
+    assert metrics.auc(probabilities, target) == pytest.approx(roc_auc_score(t, scores, multi_class="ovr"))
+    assert metrics.cross_entropy(probabilities, target) == pytest.approx(log_loss(t, p))
+    guess = p.argmax(1)
+    assert metrics.accuracy(probabilities, target) == pytest.approx(accuracy_score(t, guess))
+    assert metrics.balanced_accuracy(probabilities, target) == pytest.approx(balanced_accuracy_score(t, guess))
 
 
-def test_prediction_on_another_grid_is_refused() -> None:
-    with pytest.raises(DataError, match="expected one grid"):
-        CaseDice().metric_fn([torch.zeros(2, 4, 4)], [torch.zeros(2, 4, 5)])
-
-
-def test_class_names() -> None:
-    assert foreground_names(3) == ["class_1", "class_2"]
-    assert foreground_names(3, ["a/b", "c"]) == ["a_b", "c"]
-    assert foreground_names(2, ["background", "polyp"]) == ["polyp"]
-    with pytest.raises(ConfigError, match="num_classes is 3"):
-        foreground_names(3, ["only"])
-    with pytest.raises(ConfigError, match="one name"):
-        foreground_names(3, ["a b", "a_b"])
+def test_auc_counts_pairs_and_needs_both_classes() -> None:
+    scores, target = torch.rand(25).double().mul(10).round() / 10, torch.randint(0, 2, (25,))
+    target[:2] = torch.tensor([0, 1])
+    pairs = [(float(a > b) + float(a == b) / 2) for a in scores[target == 1] for b in scores[target == 0]]
+    probabilities = torch.stack([1 - scores, scores], 1)
+    assert metrics.auc(probabilities, target) == pytest.approx(sum(pairs) / len(pairs))
+    assert math.isnan(metrics.auc(probabilities, torch.ones(25).long()))
+    three = torch.rand(3, 3).double()
+    expected = [float(three[1, k] > three[0, k]) if k else float(three[0, 0] > three[1, 0]) for k in range(2)]
+    assert metrics.auc(three[:2], torch.tensor([0, 1])) == pytest.approx(sum(expected) / 2)  # class 2 never occurs

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medmoe.conditions import Column, Schema
 from medmoe.decoders import FusionDecoder
-from medmoe.moe import PMoE
+from medmoe.moe import MoPE, PMoE
 from medmoe.networks import ExpertNetwork
 from medmoe.networks.cost import complete_condition, cost, cost_card, count_flops, count_saved
 from medmoe.training.checkpoint import Metadata, save_checkpoint, trained_tensors
@@ -146,6 +146,16 @@ def test_the_network_is_left_as_it_was() -> None:
     assert {name: module.training for name, module in net.named_modules()} == modes
     assert net.caches is caches and [len(cache.entries) for cache in net.caches] == entries
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_condition_is_complete_and_its_small_batch_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    columns = (Column("age", "number"), Column("sex", "category", values=("f", "m")), Column("t2", "image"))
+    net = network(conditioner=partial(MoPE, schema=Schema(columns), num_prompts=2, num_experts=3))
+    found = cost(net, (1, 1, 32, 32))
+    alone = cost(net, (1, 1, 32, 32), {"numbers": torch.zeros(1, 1), "categories": torch.ones(1, 1, dtype=torch.long)})
+    assert found.parts["conditioner"].flops > alone.parts["conditioner"].flops > 0
+    assert found.parts["vit"].flops > 1.5 * alone.parts["vit"].flops  # it sees the second image too
+    assert not caplog.records and not net.conditioner.warned
 
 
 def test_it_is_restored_after_an_error_too() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import math
 import multiprocessing
@@ -24,12 +25,16 @@ from safetensors.torch import load_file, save_file
 from training import toy
 from training.toy import SETTINGS, ToyNetwork, train
 
+from medmoe.conditions import Column, Schema
 from medmoe.errors import CheckpointError, ConfigError
+from medmoe.experts.weights import checksum
+from medmoe.tasks import Task
 from medmoe.training.checkpoint import (
     BEST,
     LAST,
     CheckpointHandler,
     Metadata,
+    conditions_of,
     load_checkpoint,
     optimizer_tensors,
     prepare_output_dir,
@@ -37,6 +42,7 @@ from medmoe.training.checkpoint import (
     read_metadata,
     restore_optimizer,
     save_checkpoint,
+    tasks_of,
     trained_tensors,
 )
 from medmoe.training.mismatch import NETWORK_SETTINGS
@@ -72,6 +78,68 @@ def test_metadata_tells_where_it_came_from(tmp_path: Path) -> None:
     assert [expert["sha256"] for expert in metadata.experts] == [expert.sha256 for expert in network.experts]
 
 
+def several_tasks() -> list[Task]:
+    masks = Task("organs", "labels", ("heart", "left lung"), "masks")
+    return [masks, Task("edges", "boundary", masks.names, of="organs", weight=0.5)]
+
+
+def schema(mean: float = 61.25) -> Schema:
+    age, sex = Column("age", "number", mean, 1 / 3), Column("sex", "category", values=("F", "M"))
+    return Schema((age, sex), "minilm", 384)
+
+
+def test_tasks_and_conditions_travel_and_come_back_as_they_are(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    assert tasks_of(saved(tmp_path, network)) == network.tasks and conditions_of(saved(tmp_path, network)) is None
+    network.tasks, network.schema = several_tasks(), schema()  # type: ignore[assignment]
+    path = saved(tmp_path, network)
+    assert tasks_of(path) == several_tasks() and conditions_of(path) == schema()
+    assert load_checkpoint(path, network).tasks[1]["weight"] == 0.5
+
+
+def test_other_tasks_or_conditions_are_errors(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    network.tasks, network.schema = several_tasks(), schema()  # type: ignore[assignment]
+    path = saved(tmp_path, network)
+    network.tasks[0] = Task("organs", "labels", ("left lung", "heart"), "elsewhere", weight=3)
+    expected = r"tasks organs \(labels, 2 channels: heart, left lung\); edges .*; this network has .*left lung, heart"
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(path, network)
+    network.tasks, network.schema = several_tasks(), None  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"conditions age \(number\), sex \(category\); this network has none"):
+        load_checkpoint(path, network)
+    network.schema = schema(60)  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="means, categories or text encoder"):
+        load_checkpoint(path, network)
+
+
+def test_a_checkpoint_of_before_there_were_tasks_still_loads(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    path = saved(tmp_path, network)
+    read = read_checkpoint(path)
+    old = {name: value for name, value in vars(read[1]).items() if name not in ("tasks", "conditions")}
+    header = {"metadata": old, "state": {}, "checksum": checksum(read[0])}
+    save_file(read[0], path, {"medmoe": json.dumps(header)})
+    assert load_checkpoint(path, network).epoch == 7
+
+
+def test_names_of_plain_classes_may_differ(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    path = saved(tmp_path, network)
+    network.tasks = [Task("label", "classes", ("a", "b", "c"))]
+    load_checkpoint(path, network)
+
+
+def test_frozen_keys_outside_the_experts_are_kept(tmp_path: Path) -> None:
+    """MoPE's orthogonal keys are drawn, never trained, and needed again."""
+    network, other = ToyNetwork(), ToyNetwork()
+    for each in (network, other):
+        each.conditioner = torch.nn.Module()  # type: ignore[assignment]
+        each.conditioner.register_buffer("key", torch.randn(3, 2))
+    load_checkpoint(saved(tmp_path, network), other)
+    assert torch.equal(other.conditioner.key, network.conditioner.key)  # type: ignore[arg-type]
+
+
 def test_other_experts_are_an_error_that_names_both(tmp_path: Path) -> None:
     path, network = saved(tmp_path), ToyNetwork(names=("general", "other"))
     before = {name: tensor.clone() for name, tensor in trained_tensors(network).items()}
@@ -97,8 +165,8 @@ def test_differences_are_listed_with_the_overrides_that_remove_them(tmp_path: Pa
     assert "num_classes is 5 here and 3 in the checkpoint" in text
     last = text.splitlines()[-1].strip()
     assert last == "pass --num_classes 3 --general_lora 2 --spacing '$None' --roi_size '[64, 64]'"
-    with pytest.raises(CheckpointError, match=r"decoder.2.weight has shape \(3, 6, 1, 1\) .*, \(5, 6, 1, 1\) in this"):
-        load_checkpoint(path, ToyNetwork(num_classes=5))
+    with pytest.raises(CheckpointError, match=r"experts.0.down.weight has shape \(2, 6\) .*, \(4, 6\) in this"):
+        load_checkpoint(path, ToyNetwork(rank=4))
 
 
 def test_a_setting_that_changes_no_shape_is_still_an_error(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def boom() -> None:
 def run(folder: Path, epochs: int = 3, resume: bool = False, extra: Any = (), interval: int = 1) -> Any:
     """A training with all handlers of a bundle but tracking and pictures; returns its parts and the log."""
     parts = engines(epochs)
-    log = MetricsLog(folder, parts.optimizer, parts.evaluator, parts.network)
+    log = MetricsLog(folder, parts.optimizer, parts.evaluator, parts.network, parts.loss)
     saver = CheckpointHandler(
         parts.network, parts.optimizer, folder, SETTINGS, parts.scheduler, parts.evaluator, resume=resume
     )
@@ -96,6 +97,8 @@ def test_rows_hold_what_a_report_needs(tmp_path: Path) -> None:
     row = log.rows[2]
     assert row["iteration"] == 2 * STEPS and len(row["losses"]) == STEPS
     assert row["loss"] == pytest.approx(sum(row["losses"]) / STEPS)
+    assert set(row["terms"]) == {"label", "auxiliary/balance"}
+    assert sum(row["terms"].values()) == pytest.approx(row["loss"], rel=1e-5)
     assert set(row["lr"]) == {"prompts", "adapters", "decoder", "decoder_undecayed"}
     assert row["routing"]["routing/pmoe/medical/site03/usage/medical"] == 0.8
     assert 0 < log.rows[1]["seconds"] < row["seconds"] and row["memory"]["ram"] > 0.05
@@ -273,6 +276,34 @@ def test_the_summary_shows_before_and_after_time_and_where_to_look(tmp_path: Pat
     for part in ("trainable parameters: 0.000 M", "of 5.0 M", "3 epochs", "GiB of RAM", BEST):
         assert part in text
     assert "mlflow ui --backend-store-uri 'sqlite:///runs/my flow.db'" in text
+
+
+def test_the_summary_shows_the_telling_score_of_every_task(tmp_path: Path) -> None:
+    before = {"val_grade_auc": 0.5, "val_organs_mean_dice": 0.9, "val_organs_mean_hd95": 9.0, "val_edges_mean_f1": None}
+    rows = [before, {**before, "val_grade_auc": 0.75, "val_edges_mean_f1": 0.25}, {**before, "val_grade_auc": 0.625}]
+    common = {"seconds": 1.0, "memory": {"ram": 1.0}}
+    lines = [json.dumps({"epoch": epoch, "metrics": row, **common}) for epoch, row in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    table = [line.split() for line in summary(tmp_path).splitlines()[:4]]
+    assert table[0][-3:] == ["after", "epoch", "1)"]  # the best by the first metric
+    assert table[1:] == [
+        ["grade_auc", "0.500", "0.750"],
+        ["organs_mean_dice", "0.900", "0.900"],
+        ["edges_mean_f1", "-", "0.250"],
+    ]
+
+
+def test_a_term_is_averaged_over_the_steps_that_have_it(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, loss=SimpleNamespace(last={}))  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(epoch=1, iteration=3, output={"loss": torch.tensor(1.0)}))
+    log.started = 0.0
+    for last in ({"a": 1.0, "b": 4.0}, {"a": 2.0}, {"a": 6.0}):
+        log.loss.last = last  # type: ignore[union-attr]
+        log.finish_step(trainer)
+    log.finish_epoch(trainer)
+    log.finish_step(trainer)
+    log.finish_epoch(trainer)
+    assert [row["terms"] for row in log.rows] == [{"a": 3.0, "b": 4.0}, {"a": 6.0}]
 
 
 def test_the_summary_of_an_unfinished_run_is_no_error(tmp_path: Path) -> None:

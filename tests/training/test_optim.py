@@ -12,7 +12,7 @@ from torch import nn
 from training.toy import ToyNetwork, batch_of
 
 from medmoe.errors import ConfigError, MedMoEError
-from medmoe.training.optim import optimizer, parameter_counts, parameter_groups, schedule
+from medmoe.training.optim import is_router, optimizer, parameter_counts, parameter_groups, schedule
 
 
 def test_groups_hold_every_trainable_parameter_once_and_no_frozen_one() -> None:
@@ -34,6 +34,78 @@ def test_counts_add_up() -> None:
     assert counts["prompts"] == 2 * 6 + 6 * 6 + 6 and counts["adapters"] == 2 * 2 * 6 * 2
     assert counts["trainable"] == counts["prompts"] + counts["adapters"] + counts["decoder"]
     assert counts["total"] == counts["trainable"] + 2 * (6 + 6 + 12)
+
+
+def tree(**shapes: tuple[int, ...]) -> nn.Module:
+    """A module with a parameter of each shape at each name, where ``__`` stands for a dot."""
+    root = nn.Module()
+    for path, shape in shapes.items():
+        *modules, name = path.split("__")
+        place = root
+        for module in modules:
+            if not hasattr(place, module):
+                place.add_module(module, nn.Module())
+            place = getattr(place, module)
+        place.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return root
+
+
+EVERYTHING = {
+    "prompter__prompts": (2, 3),
+    "prompter__dispatchers__weight": (2, 3),
+    "conditioner__encoder__weight": (2, 3),
+    "conditioner__encoder__bias": (3,),
+    "conditioner__sites__prompts": (2, 3),
+    "conditioner__sites__key": (2, 3),
+    "conditioner__sites__image_query__weight": (2, 3),
+    "conditioner__sites__image_query__bias": (3,),
+    "experts__lora_A__weight": (2, 3),
+    "experts__key__weight": (2, 3),
+    "experts__after__router__weight": (2, 3),
+    "decoder__gates__weight": (2, 3),
+    "decoder__head__weight": (2, 3),
+    "image_head__weight": (2, 3),
+    "log_variances__organs": (),
+}
+ROUTERS = {
+    "prompter.dispatchers.weight": (0.0, 2e-2),
+    "conditioner.sites.key": (0.1, 1e-3),
+    "conditioner.sites.image_query.weight": (0.1, 1e-3),
+    "conditioner.sites.image_query.bias": (0.0, 1e-3),
+    "experts.after.router.weight": (0.1, 1e-3),
+    "decoder.gates.weight": (0.1, 1e-3),
+}
+
+
+def rates(network: nn.Module, **options: float) -> dict[str, tuple[float, float]]:
+    """Weight decay and learning rate of every parameter, by name."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = optimizer(network, 1e-3, 2e-2, 0.1, **options).param_groups
+    return {names[id(p)]: (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
+
+
+def test_routers_keep_the_rate_of_their_part_or_have_their_own() -> None:
+    network = tree(**EVERYTHING)
+    usual, own = rates(network), rates(network, router_lr=5e-4)
+    assert {name for name, _ in network.named_parameters() if is_router(name)} == set(ROUTERS)
+    assert {name: usual[name] for name in ROUTERS} == ROUTERS
+    assert own == usual | {name: (decay, 5e-4) for name, (decay, _) in ROUTERS.items()}
+    assert len(own) == len(EVERYTHING)
+    with pytest.raises(ConfigError, match="router_lr is 0"):
+        optimizer(network, router_lr=0)
+
+
+def test_prompts_that_conditions_choose_train_like_prompts() -> None:
+    usual = rates(tree(**EVERYTHING))
+    prompts = {name for name, rate in usual.items() if rate == (0.0, 2e-2)}
+    assert prompts == {"prompter.prompts", "prompter.dispatchers.weight", "conditioner.sites.prompts"}
+    assert usual["conditioner.encoder.weight"] == (0.1, 1e-3) and usual["conditioner.encoder.bias"] == (0.0, 1e-3)
+
+
+def test_every_part_is_counted() -> None:
+    counts = parameter_counts(tree(**EVERYTHING))
+    parts = {"prompts": 12, "conditions": 30, "adapters": 18, "decoder": 18, "tasks": 1}
+    assert counts == {**parts, "trainable": 79, "total": 79}
 
 
 def test_schedule_warms_up_and_falls_after_every_optimizer_step_without_warnings() -> None:

@@ -71,6 +71,21 @@ def test_the_fingerprint_follows_content_and_names_but_not_place_or_order(tmp_pa
         assert fingerprint(found) != mark
 
 
+def test_the_fingerprint_follows_every_target_and_condition(tmp_path: Path) -> None:
+    [found] = cases(tmp_path, 1)
+    mask, second = tmp_path / "mask.bin", tmp_path / "second.bin"
+    mask.write_bytes(b"mask"), second.write_bytes(b"second")
+    case = {**found, "organs": [str(mask), None], "grade": 1, "condition": {"age": "61", "flair": str(second)}}
+    marks = [fingerprint([case]), fingerprint([{**case, "split": "train"}])]
+    assert marks[0] == marks[1]
+    marks.append(fingerprint([{**case, "grade": -1}]))
+    marks.append(fingerprint([{**case, "condition": {**case["condition"], "age": None}}]))
+    for path in (mask, second):
+        path.write_bytes(b"other")
+        marks.append(fingerprint([case]))
+    assert len(set(marks)) == 5
+
+
 def test_the_fingerprint_reads_lists_and_folders(tmp_path: Path) -> None:
     found = cases(tmp_path, 2)
     listed = [{"case": "a", "image": [case["image"] for case in found]}]

@@ -24,7 +24,8 @@ from training.toy_engines import engines
 
 from medmoe.training.checkpoint import CheckpointHandler
 from medmoe.training.handlers import InterruptHandler, MetricsLog, SetEpoch, Validation, read_rows
-from medmoe.training.pictures import Overlays, RoutingPicture
+from medmoe.training.pictures import Overlays
+from medmoe.training.routing_curves import RoutingPictures
 from medmoe.training.tracking import Tracker, connect, flat_settings, metric_values, redact
 
 
@@ -39,7 +40,7 @@ def train(
 ) -> Tracker:
     parts = engines(epochs)
     log = MetricsLog(folder, parts.optimizer, parts.evaluator, parts.network)
-    Overlays(folder, 3, SETTINGS["class_names"], first=1, worst=1).attach(parts.evaluator)  # type: ignore[arg-type]
+    Overlays(folder, parts.network.tasks, first=1, worst=1).attach(parts.evaluator)  # type: ignore[arg-type]
     tracker = Tracker(uri, experiment, log, folder, SETTINGS)
     saver = CheckpointHandler(
         parts.network, parts.optimizer, folder, SETTINGS, parts.scheduler, parts.evaluator, resume=resume
@@ -50,7 +51,7 @@ def train(
         saver,
         SetEpoch(),
         InterruptHandler(folder),
-        RoutingPicture(log, folder),
+        RoutingPictures(log, folder),
     ]
     folder.mkdir(exist_ok=True)
     try:
@@ -104,7 +105,8 @@ def check_finished(uri: str, tracker: Tracker, folder: Path, epochs: int) -> Non
     assert artifacts(client, tracker.run_id) == {
         "best.safetensors",
         "metrics.jsonl",
-        "routing.png",
+        "routing_curves.png",
+        "routing_pmoe.png",
         "overlays/first_1.png",
         "overlays/worst_1.png",
     }
@@ -174,10 +176,13 @@ def test_settings_become_parameters_without_secrets() -> None:
 
 def test_metric_steps() -> None:
     row = {"epoch": 2, "iteration": 4, "loss": 0.5, "losses": [0.6, 0.4], "lr": {"decoder": 0.1}, "seconds": 9.0}
+    row["terms"] = {"organs": 0.25, "auxiliary/importance": 0.125}
     assert list(metric_values(row)) == [
         ("train/loss", 0.5, 2),
         ("train/step_loss", 0.6, 3),
         ("train/step_loss", 0.4, 4),
+        ("losses/organs", 0.25, 2),
+        ("losses/auxiliary/importance", 0.125, 2),
         ("lr/decoder", 0.1, 2),
         ("seconds", 9.0, 2),
     ]

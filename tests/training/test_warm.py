@@ -37,7 +37,7 @@ def trainer_of(cases: int, steps: int, epochs: int, random: list[Any]) -> Any:
 
 def filled(trainer: Any) -> ExpertNetwork:
     decoder = partial(FusionDecoder, channels=8, stem=4)
-    network = ExpertNetwork([small_vit(1)], 2, decoder=decoder, precision="fp32", cache_bytes=2**26)
+    network = ExpertNetwork([small_vit(1)], num_classes=2, decoder=decoder, precision="fp32", cache_bytes=2**26)
     FillFeatureCache(network)(trainer)
     return network
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from ignite.engine import Engine
 from torch import Tensor, nn
 
 from medmoe.moe.routing import RoutingRecord
+from medmoe.networks.network import Parts
+from medmoe.tasks import single_task
 from medmoe.training.checkpoint import CheckpointHandler
 from medmoe.training.optim import optimizer, schedule
 
@@ -28,12 +29,6 @@ SETTINGS = {
     "lr": 0.01,
 }
 STEPS = 4
-
-
-class Parts(NamedTuple):
-    logits: Tensor
-    expert_logits: list[Tensor]
-    auxiliary: dict[str, Tensor]
 
 
 class ToyExpert(nn.Module):
@@ -70,6 +65,7 @@ class ToyNetwork(nn.Module):
             self.prompter = ToyPrompter()
             self.decoder = nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.2), nn.Conv2d(6, num_classes, 1))
         self.num_classes, self.recording, self.recorded = num_classes, False, 0
+        self.tasks = single_task(num_classes)
 
     def train(self, mode: bool = True) -> ToyNetwork:
         super().train(mode)
@@ -83,10 +79,11 @@ class ToyNetwork(nn.Module):
             for k, expert in enumerate(self.experts)
         ]
         own = [self.decoder(feature) for feature in features]
-        return Parts(own[0] + own[1], own, {"balance": self.prompter.prompts.square().mean()})
+        expert_outputs = [{"label": logits} for logits in own]
+        return Parts({"label": own[0] + own[1]}, expert_outputs, {"balance": self.prompter.prompts.square().mean()}, {})
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.parts(image).logits
+        return self.parts(image).outputs["label"]
 
     def routing(self) -> list[RoutingRecord]:
         if not self.recorded:

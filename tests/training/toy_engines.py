@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from training.toy import STEPS, ToyNetwork, batch_of
 
-from medmoe.training.loss import PartsInferer, SegmentationLoss
+from medmoe.training.batch import PrepareBatch
+from medmoe.training.loss import PartsInferer, TaskLoss
 from medmoe.training.optim import optimizer, schedule
 
 
@@ -54,6 +55,7 @@ class Engines(NamedTuple):
 
     network: ToyNetwork
     optimizer: Optimizer
+    loss: TaskLoss
     scheduler: LRScheduler
     evaluator: SupervisedEvaluator
     trainer: Callable[..., SupervisedTrainer]
@@ -64,7 +66,7 @@ def engines(epochs: int = 3, **network: Any) -> Engines:
     torch.manual_seed(3)
     toy = ToyNetwork(**network)
     optim = optimizer(toy, lr=0.05, prompt_lr=0.05)
-    scheduler = schedule(optim, 2, epochs * STEPS)
+    loss, scheduler = TaskLoss(toy.tasks), schedule(optim, 2, epochs * STEPS)
     chain = Compose([AsDiscreted("pred", argmax=True, to_onehot=3), AsDiscreted("label", to_onehot=3)])
     evaluator = SupervisedEvaluator(
         "cpu",
@@ -76,8 +78,8 @@ def engines(epochs: int = 3, **network: Any) -> Engines:
 
     def trainer(handlers: list[Any]) -> SupervisedTrainer:
         loader = DataLoader(Cases(1000), sampler=Samples(), generator=torch.Generator())
-        loss, inferer = SegmentationLoss(3), PartsInferer()
-        options = {"inferer": inferer, "decollate": False, "train_handlers": handlers}
+        options = {"inferer": PartsInferer(), "decollate": False, "train_handlers": handlers}
+        options["prepare_batch"] = PrepareBatch(toy.tasks)
         return SupervisedTrainer("cpu", epochs, loader, toy, optim, loss, **options)
 
-    return Engines(toy, optim, scheduler, evaluator, trainer)
+    return Engines(toy, optim, loss, scheduler, evaluator, trainer)

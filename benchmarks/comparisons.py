@@ -1,0 +1,243 @@
+# Copyright (c) medmoe contributors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Variants of a bundle side by side, each trained and judged once on the test cases.
+
+    python benchmarks/comparisons.py multimodal --dataset_dir lgg_sequences --output docs/benchmarks/lgg_conditions
+
+Every cell is a run of the bundle with overrides, and of its evaluation. Cells that have a result are skipped, so that a
+killed comparison goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from few_label_grid import bootstrap, file_name
+
+ROOT = Path(__file__).resolve().parents[1]
+ORGANS = ["left lung", "right lung", "heart", "left clavicle", "right clavicle"]
+ORGAN_TASK = {"name": "organs", "kind": "labels", "names": ORGANS}
+EDGE_TASK = {"name": "edges", "kind": "boundary", "of": "organs"}
+DISTANCE_TASK = {"name": "distances", "kind": "distance", "of": "organs"}
+NODULE_TASK = {"name": "nodule", "kind": "image", "names": ["no nodule", "nodule"]}
+LESION = {"name": "lesion", "kind": "classes", "names": ["background", "lesion"]}
+NO_ADAROUTE = {"general_adaroute": 0, "medical_adaroute": 0}
+NO_LORA = {"general_lora": 0, "medical_lora": 0}
+
+
+class Comparison(NamedTuple):
+    """A bundle, its variants by name, the one that the others are compared to, and what to keep of each."""
+
+    bundle: str
+    variants: dict[str, dict[str, Any]]
+    reference: str
+
+
+COMPARISONS = {
+    "multitask": Comparison(
+        "pmoe_multitask",
+        {
+            "all four tasks, FGMoE": {},
+            "all four tasks, plain head": {"decoder": "plain"},
+            "all four tasks, FGMoE, uncertainty weighting": {"task_weighting": "uncertainty"},
+            # A boundary or a distance is made of masks, so that these tasks cannot be without them: with weight 0 the
+            # masks have no say.
+            "organs alone": {"tasks": [ORGAN_TASK], "decoder": "plain"},
+            "edges alone": {"tasks": [EDGE_TASK, {**ORGAN_TASK, "weight": 0}], "decoder": "plain"},
+            "distances alone": {"tasks": [DISTANCE_TASK, {**ORGAN_TASK, "weight": 0}], "decoder": "plain"},
+            "nodule alone": {"tasks": [NODULE_TASK], "decoder": "plain"},
+        },
+        "all four tasks, FGMoE",
+    ),
+    "multimodal": Comparison(
+        "pmoe_multimodal",
+        {
+            "no condition": {"conditions": None},
+            "table and second sequence": {},
+            "shuffled pairing": {"shuffle_conditions": True},
+            "half of the conditions missing": {"missing_conditions": 0.5},
+            "no condition at the test": {"missing_conditions": 1.0},
+            "second sequence alone": {"conditions": [{"name": "post", "kind": "image"}]},
+        },
+        "no condition",
+    ),
+    "full": Comparison(
+        "pmoe_full",
+        {
+            "everything": {},
+            "without pMoE's dispatchers (VPT)": {"prompter": "vpt"},
+            "without MoPE": {"conditions": None},
+            "without AdaRoute": NO_ADAROUTE,
+            "without LoRA": NO_LORA,
+            "without FGMoE": {"decoder": "plain"},
+            "without the other tasks": {"tasks": [LESION], "task_weighting": "fixed"},
+            "none of the four (LoRA)": {
+                "prompter": "none",
+                "conditions": None,
+                **NO_ADAROUTE,
+                "decoder": "plain",
+                "tasks": [LESION],
+                "task_weighting": "fixed",
+            },
+        },
+        "everything",
+    ),
+    "cls": Comparison(
+        "pmoe_cls",
+        {
+            "pMoE + LoRA": {},
+            "LoRA": {"prompter": "none"},
+            "frozen": {"prompter": "none", **NO_LORA},
+        },
+        "pMoE + LoRA",
+    ),
+}
+
+
+def run_cell(name: str, variant: str, seed: int, settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Trains and evaluates one variant in this process."""
+    from monai.bundle import ConfigWorkflow
+
+    from medmoe.inference.evaluation import read_cases
+    from medmoe.training.handlers import peak_memory, read_rows
+
+    comparison = COMPARISONS[name]
+    folder = scratch / name / file_name(variant, seed)
+    overrides = {
+        **settings,
+        **comparison.variants[variant],
+        "seed": seed,
+        "output_dir": str(folder),
+        "tracking_uri": "",
+    }
+    bundle = str(ROOT / f"bundles/{comparison.bundle}.json")
+    for files, kind in (([bundle], "train"), ([bundle, str(ROOT / "bundles/evaluate.json")], "train")):
+        workflow = ConfigWorkflow(files, workflow_type=kind, **overrides)
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+    record = json.loads((folder / "run.json").read_text())
+    rows = read_rows(folder)
+    evaluation = next(folder.glob("evaluation_*"))
+    return {
+        "comparison": name,
+        "variant": variant,
+        "seed": seed,
+        "overrides": comparison.variants[variant],
+        "cases": read_cases(evaluation),
+        "seconds": rows[-1]["seconds"],
+        "memory": peak_memory(),
+        "routing": {row["epoch"]: row["routing"] for row in rows if row.get("routing")},
+        "settings": {key: value for key, value in record["settings"].items() if "dir" not in key},
+        **{key: record.get(key) for key in ("parameters", "cost", "versions", "hardware", "experts", "data")},
+    }
+
+
+def case_scores(result: dict[str, Any], metric: str) -> dict[str, float]:
+    """A metric of every case that has it; the mean over the columns that belong to it."""
+    prefix = metric.replace("mean_", "")
+    found = {}
+    for row in result["cases"]["cases"]:
+        values = [v for key, v in row.items() if key.startswith(prefix) and isinstance(v, float)]
+        if values:
+            found[row["case"]] = float(np.mean(values))
+    return found
+
+
+def report(name: str, results: list[dict[str, Any]]) -> str:
+    """A Markdown table: every metric's mean over seeds, and the paired difference of the first one."""
+    comparison = COMPARISONS[name]
+    metrics = list(dict.fromkeys(metric for r in results for metric in r["cases"]["mean"]))
+    first = metrics[0]
+    reference = {r["seed"]: case_scores(r, first) for r in results if r["variant"] == comparison.reference}
+    lines = [
+        f"| variant | seeds | trains, M | {' | '.join(m.removeprefix('val_') for m in metrics)} | "
+        f"{first.removeprefix('val_')} minus {comparison.reference} (paired over cases, 95 % bootstrap) | s / run |",
+        "|---" * (len(metrics) + 5) + "|",
+    ]
+    for variant in comparison.variants:
+        runs = [r for r in results if r["variant"] == variant]
+        if not runs:
+            continue
+        cells = []
+        for metric in metrics:
+            values = [r["cases"]["mean"][metric] for r in runs if r["cases"]["mean"].get(metric) is not None]
+            cells.append(f"{np.mean(values):.3f}" if values else "-")
+        gap = "-"
+        gaps = [
+            [scores[case] - reference[r["seed"]][case] for case in sorted(reference[r["seed"]]) if case in scores]
+            for r in runs
+            if r["seed"] in reference and variant != comparison.reference and (scores := case_scores(r, first))
+        ]
+        if gaps and all(gaps):
+            mean = np.mean(gaps, 0)
+            low, high = bootstrap(mean)
+            gap = f"{mean.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        trains = runs[0]["parameters"]["trainable"] / 1e6
+        seconds = np.median([r["seconds"] for r in runs])
+        lines.append(f"| {variant} | {len(runs)} | {trains:.2f} | {' | '.join(cells)} | {gap} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=COMPARISONS)
+    parser.add_argument("--dataset_dir", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", help="only variants whose names contain one of these")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="further settings of the bundle")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "comparisons")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a process with one thread each")
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    settings: dict[str, Any] = {"dataset_dir": arguments.dataset_dir}
+    settings |= {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.cell:
+        variant, seed = arguments.cell[0], int(arguments.cell[1])
+        result = run_cell(arguments.comparison, variant, seed, settings, arguments.scratch)
+        (arguments.output / f"{file_name(variant, seed)}.json").write_text(json.dumps(result, indent=1) + "\n")
+        return
+    run_cells(arguments)
+
+
+def run_cells(arguments: argparse.Namespace) -> None:
+    """Runs what is missing, in processes of their own, and writes the report."""
+    variants = COMPARISONS[arguments.comparison].variants
+    wanted = [v for v in variants if not arguments.variants or any(part in v for part in arguments.variants)]
+    cells = [(variant, seed) for seed in arguments.seeds for variant in wanted]
+
+    def start(cell: tuple[str, int]) -> None:
+        if (arguments.output / f"{file_name(*cell)}.json").exists():
+            return
+        command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--cell", cell[0], str(cell[1])]
+        log = arguments.scratch / arguments.comparison / f"{file_name(*cell)}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
+        with open(log, "w") as file:
+            code = subprocess.run(
+                command, stdout=file, stderr=file, env={**os.environ, **threads}, check=False
+            ).returncode
+        print(f"{cell[0]}, seed {cell[1]}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(start, cells))
+    results = [json.loads(path.read_text()) for path in sorted(arguments.output.glob("*-seed*.json"))]
+    (arguments.output / "report.md").write_text(report(arguments.comparison, results))
+    print((arguments.output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
