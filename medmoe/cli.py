@@ -37,6 +37,14 @@ app.add_typer(experts, name="experts")
 app.add_typer(data, name="data")
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Experts; all of them by default.")]
+Images = Annotated[Path, typer.Argument(help="An image file, a DICOM series' folder, or a folder of either.")]
+Checkpoint = Annotated[Path, typer.Option(help="Of a training run; it knows its settings and experts.")]
+ConditionTable = Annotated[
+    Path | None, typer.Option("--table", help="For a network with conditions: a CSV file with a row for each image.")
+]
+ConditionDir = Annotated[
+    Path | None, typer.Option("--condition-dir", help="For a network with conditions: second images of the same names.")
+]
 
 
 @experts.command("list")
@@ -138,9 +146,11 @@ def check_data(
 
 @app.command("predict")
 def predict_masks(
-    input: Annotated[Path, typer.Argument(help="An image file, a DICOM series' folder, or a folder of either.")],
+    input: Images,
     output: Annotated[Path, typer.Argument(help="Folder for the masks, one for each image, on the image's own grid.")],
-    checkpoint: Annotated[Path, typer.Option(help="Of a training run; it knows its settings and experts.")],
+    checkpoint: Checkpoint,
+    table: ConditionTable = None,
+    condition_dir: ConditionDir = None,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="For pictures: also writes them with the classes in color over them.")
     ] = False,
@@ -148,20 +158,28 @@ def predict_masks(
     """Writes a mask for every image."""
     from medmoe.inference.predict import predict
 
-    masks = predict(input, output, checkpoint, overlay=overlay)
+    masks = predict(input, output, checkpoint, overlay=overlay, **conditions(table, condition_dir))
     typer.echo(f"{len(masks)} mask{'' if len(masks) == 1 else 's'} in {output}")
+
+
+def conditions(table: Path | None, folder: Path | None) -> dict[str, Any]:
+    """What is known of the conditions, as settings of the inference bundle."""
+    given = {"table": table, "condition_dir": folder}
+    return {name: str(path.absolute()) for name, path in given.items() if path is not None}
 
 
 @app.command("explain")
 def explain_routing(
-    input: Annotated[Path, typer.Argument(help="An image file, a DICOM series' folder, or a folder of either.")],
+    input: Images,
     output: Annotated[Path, typer.Argument(help="Folder for the pictures, <case>/<router>.png, and routing.csv.")],
-    checkpoint: Annotated[Path, typer.Option(help="Of a training run; it knows its settings and experts.")],
+    checkpoint: Checkpoint,
+    table: ConditionTable = None,
+    condition_dir: ConditionDir = None,
 ) -> None:
     """Draws how the routers (pMoE, MoPE, AdaRoute, FGMoE) of a trained network treated every image."""
     from medmoe.inference.explain import explain
 
-    files = explain(input, output, checkpoint)
+    files = explain(input, output, checkpoint, **conditions(table, condition_dir))
     typer.echo(f"{len(files) - 1} pictures, and all shares in {files[-1]}")
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from medmoe.errors import DataError, ExpertError, MedMoEError
 from medmoe.experts import catalog, fetch, weights
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [[], ["experts"], ["experts", "fetch"], ["data", "check"], ["info"], ["predict"]]
+COMMANDS = [[], ["experts"], ["experts", "fetch"], ["data", "check"], ["info"], ["predict"], ["explain"], ["cost"]]
 
 
 def run(*arguments: str) -> str:
@@ -152,8 +153,8 @@ def test_predict_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     calls: list[tuple[object, ...]] = []
 
-    def noted(input: Path, output: Path, checkpoint: Path, overlay: bool) -> list[Path]:
-        calls.append((input, output, checkpoint, overlay))
+    def noted(input: Path, output: Path, checkpoint: Path, overlay: bool, **settings: str) -> list[Path]:
+        calls.append((input, output, checkpoint, overlay, settings))
         return [output / "a.nii.gz"] * (2 if overlay else 1)
 
     monkeypatch.setattr(predict, "predict", noted)
@@ -161,12 +162,61 @@ def test_predict_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monkey
     arguments = ["predict", str(image), str(output), "--checkpoint", str(checkpoint)]
     assert run(*arguments).strip() == f"1 mask in {output}"
     assert run(*arguments, "--overlay").strip() == f"2 masks in {output}"
-    assert calls == [(image, output, checkpoint, False), (image, output, checkpoint, True)]
+    assert run(*arguments, "--table", str(tmp_path / "a.csv"), "--condition_dir", str(tmp_path))
+    known = {"table": str(tmp_path / "a.csv"), "condition_dir": str(tmp_path)}
+    given = (image, output, checkpoint)
+    assert calls == [(*given, False, {}), (*given, True, {}), (*given, False, known)]
 
 
 def test_predict_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MedMoEError, match=r"none\.safetensors"):
         run("predict", str(tmp_path), str(tmp_path / "out"), "--checkpoint", str(tmp_path / "none.safetensors"))
+
+
+def test_explain_says_where_the_pictures_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmoe.inference import explain
+
+    calls: list[tuple[Path, ...]] = []
+
+    def noted(input: Path, output: Path, checkpoint: Path, **settings: str) -> list[Path]:
+        calls.append((input, output, checkpoint, *map(Path, settings.values())))
+        return [output / "a" / "pmoe.png", output / "a" / "mope.png", output / "routing.csv"]
+
+    monkeypatch.setattr(explain, "explain", noted)
+    paths = [tmp_path / name for name in ("a.png", "pictures", "best.safetensors", "a.csv")]
+    output = run("explain", str(paths[0]), str(paths[1]), "--checkpoint", str(paths[2]), "--table", str(paths[3]))
+    assert output.split() == f"2 pictures, and all shares in {paths[1] / 'routing.csv'}".split()
+    assert calls == [tuple(paths)]
+
+
+CARD = {
+    "image": [1, 1, 32, 24],
+    "device": "cpu",
+    "parts": {"vit": {"trainable": 1200, "frozen": 5_000_000, "flops": 2_500_000_000}},
+    "total": {"trainable": 1200, "frozen": 5_000_000, "flops": 2_500_000_000},
+    "saved_bytes": 3 * 2**20,
+    "checkpoint_bytes": 4_560_000,
+}
+
+
+def test_cost_takes_settings_as_json_and_shows_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmoe.training import card
+
+    calls: list[tuple[list[Path], dict[str, object]]] = []
+
+    def noted(files: list[Path], settings: dict[str, object]) -> dict[str, object]:
+        calls.append((files, settings))
+        return CARD
+
+    monkeypatch.setattr(card, "bundle_cost", noted)
+    chosen = ["--set", "roi_size=[32,24]", "--set", "fusion=late", "--set", "site_range=null"]
+    output = run("cost", "a.json", "b.json", *chosen)
+    assert calls == [([Path("a.json"), Path("b.json")], {"roi_size": [32, 24], "fusion": "late", "site_range": None})]
+    for shown in ("1x1x32x24", "1,200", "5,000,000", "2.50", "3.0 MiB (on cpu)", "4.56 MB"):
+        assert shown in output
+    assert json.loads(run("cost", "a.json", "--json")) == CARD
+    with pytest.raises(MedMoEError, match="expected NAME=VALUE"):
+        run("cost", "a.json", "--set", "fusion")
 
 
 def test_an_error_is_one_message_and_code_2(

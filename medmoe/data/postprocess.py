@@ -92,8 +92,9 @@ class TaskResults(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         sample = dict(data)
-        targets = {task.name: sample[task.name] for task in self.tasks} if self.with_label else {}
         predictions = self.on_files(sample)
+        device = predictions[self.tasks[0].name].device
+        targets = {task.name: _moved(sample[task.name], device) for task in self.tasks} if self.with_label else {}
         sample |= {f"pred_{name}": values for name, values in predictions.items()}
         sample |= {f"target_{name}": values for name, values in targets.items()}
         if self.main is None:
@@ -120,6 +121,11 @@ class TaskResults(Transform):
         return values | {task.name: piece for task, piece in zip(dense, pieces, strict=True)}
 
 
+def _moved(target: Any, device: torch.device) -> Any:
+    """A target on the device of the predictions; engines leave the batch where the loader put it."""
+    return target.to(device) if isinstance(target, Tensor) else target
+
+
 def _activated(task: Task, logits: Tensor) -> Tensor:
     """What logits (C, ...) of a task mean."""
     logits = logits.float()
@@ -137,7 +143,7 @@ def _decided(task: Task, probabilities: Tensor) -> Tensor:
 def _compared(task: Task, probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction and target as one-hot channels, 0 where the target is not labelled, and which channels are."""
     known = target != UNLABELLED
-    decided = plain(_decided(task, probabilities)).to(target.device)
+    decided = plain(_decided(task, probabilities))
     if task.kind == "classes":
         count = len(task.names)
         pred, label = (

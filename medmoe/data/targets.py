@@ -167,9 +167,10 @@ def is_labelled(task: Task, target: Any) -> bool:
 def _labelled(cases: Sequence[Case], tasks: Sequence[Task]) -> list[Case]:
     """The cases with at least one target."""
     counts = {task.name: sum(is_labelled(task, case[task.name]) for case in cases) for task in tasks}
-    labelled = [case for case in cases if any(is_labelled(task, case[task.name]) for task in tasks)]
-    if len(labelled) < len(cases):
-        left = [case["case"] for case in cases if case not in labelled]
+    known = [any(is_labelled(task, case[task.name]) for task in tasks) for case in cases]
+    labelled = [case for case, found in zip(cases, known, strict=True) if found]
+    left = [case["case"] for case, found in zip(cases, known, strict=True) if not found]
+    if left:
         logger.warning("%d of %d cases have no target at all and are left out: %s", len(left), len(cases), some(left))
     some_missing = [f"{name} ({count})" for name, count in counts.items() if count < len(labelled)]
     if some_missing:

@@ -4,7 +4,7 @@
 """Sliding windows, scores of every task on the grid of the files, and prediction of masks."""
 
 from medmoe.inference.inferer import WindowInferer, sliding_window
-from medmoe.inference.inputs import InputDataset, find_inputs
+from medmoe.inference.inputs import InputDataset, find_inputs, with_conditions
 from medmoe.inference.task_metrics import CaseTable, TaskMetric, additional_metrics, key_metric, task_metrics
 from medmoe.inference.writer import SaveMask
 
@@ -19,4 +19,5 @@ __all__ = [
     "key_metric",
     "sliding_window",
     "task_metrics",
+    "with_conditions",
 ]

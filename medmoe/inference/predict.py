@@ -16,11 +16,12 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
+from medmoe.data.postprocess import main_task
 from medmoe.errors import CheckpointError, ConfigError, some
 from medmoe.experts.build import RANDOM
 from medmoe.inference.inputs import find_inputs, first_file
-from medmoe.inference.writer import check_output, mask_path
-from medmoe.training.checkpoint import read_metadata
+from medmoe.inference.writer import IMAGES, check_output, mask_paths
+from medmoe.training.checkpoint import read_metadata, tasks_of
 from medmoe.training.excepthook import find_error
 from medmoe.training.preflight import WEIGHTS
 
@@ -50,7 +51,7 @@ def predict(
     overlay: bool = False,
     **overrides: Any,
 ) -> list[Path]:
-    """Writes a mask for every input.
+    """Writes the masks of every input, and what is said of whole images.
 
     Args:
         input: see :func:`medmoe.inference.inputs.find_inputs`.
@@ -61,7 +62,7 @@ def predict(
         overrides: further settings of the bundle, which win over those of the checkpoint.
 
     Returns:
-        the masks, by the order of their cases.
+        the masks, by the order of their cases, and the table of what is said of whole images.
 
     Raises:
         DataError: there is nothing to predict, the output folder is not fit for it, or some inputs could not be
@@ -70,11 +71,14 @@ def predict(
     """
     settings = {**settings_of(checkpoint), **overrides}
     sources = {item["case"]: first_file(item) for item in find_inputs(input, settings.get("in_channels", 1))}
-    check_output(Path(output), sources, overlay)
+    tasks = tasks_of(checkpoint)
+    check_output(Path(output), sources, tasks, overlay)
     with opened(input, output, checkpoint, {**settings, "overlay": overlay}) as workflow:
         workflow.run()
         workflow.finalize()
-    return [mask_path(Path(output), case, source) for case, source in sources.items()]
+    main, folder = main_task(tasks), Path(output)
+    written = [path for case, source in sources.items() for path in mask_paths(folder, case, source, main)]
+    return written + ([folder / IMAGES] if any(not task.dense for task in tasks) else [])
 
 
 def settings_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,17 +5,21 @@
 
 A NIfTI image gives a ``.nii.gz`` with its shape and header (affine, sform and qform with their codes, units). A DICOM
 series gives a ``.nii.gz`` on the grid of the series. A picture gives a ``.png`` of its size whose gray values are the
-classes. Masks are named by their case. What a folder holds is written down in its ``predictions.json``; only files that
-are listed there are ever overwritten.
+classes. Masks are named by their case; where labels may overlap each has a file of 0 and 1, ``<case>_<label>``. What is
+said of whole images is in ``images.csv``, a probability for each class. What a folder holds is written down in its
+``predictions.json``; only files that are listed there are ever overwritten.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,21 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from ignite.engine import Engine, Events
-from monai.data import MetaTensor
 from PIL import Image, ImageColor
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
+from medmoe.data.postprocess import main_task
 from medmoe.errors import DataError, some
 from medmoe.files import atomic_path, write_text
 from medmoe.inference.inputs import InputDataset, first_file
+from medmoe.tasks import Task
 from medmoe.training.pictures import color
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "predictions.json"
+IMAGES = "images.csv"
 
 Mask = npt.NDArray[np.integer[Any]]
 
@@ -43,10 +49,12 @@ Mask = npt.NDArray[np.integer[Any]]
 class SaveMask:
     """Writes the prediction of every case as soon as it is there.
 
-    The evaluator's output must hold ``pred``: class indices (1, H, W[, D]) on the grid of the file.
+    The evaluator's output must hold what :class:`medmoe.data.TaskResults` gives without labels. Boundaries and
+    distances are not written: they follow from masks.
 
     Args:
         dataset: what is predicted.
+        tasks: of the network.
         output: folder for the masks; made if it is missing.
         overlay: for pictures, also writes ``<case>_overlay.png`` with the classes in color over the picture.
 
@@ -55,10 +63,14 @@ class SaveMask:
             checked when the handler is made, before anything is predicted.
     """
 
-    def __init__(self, dataset: InputDataset, output: str | os.PathLike[str], overlay: bool = False) -> None:
+    def __init__(
+        self, dataset: InputDataset, output: str | os.PathLike[str], tasks: Sequence[Task], overlay: bool = False
+    ) -> None:
         self.dataset, self.output, self.overlay = dataset, Path(output), overlay
+        self.main, self.image_tasks = main_task(tasks), [task for task in tasks if not task.dense]
         self.sources = {item["case"]: first_file(item) for item in dataset.data}
-        self.written = check_output(self.output, self.sources, overlay)
+        self.written = check_output(self.output, self.sources, tasks, overlay)
+        self.rows: list[dict[str, str]] = []
 
     def attach(self, engine: Engine) -> None:
         """Registers with a MONAI evaluator."""
@@ -70,7 +82,7 @@ class SaveMask:
         state: Any = engine.state
         for item, result in zip(state.batch, state.output, strict=True):
             try:
-                self.save(item["case"], result["pred"])
+                self.save(item["case"], result)
             except OSError as error:
                 reason = error.strerror or error
                 raise DataError(f"The mask of {item['case']} cannot be written to {self.output}: {reason}.") from error
@@ -80,23 +92,52 @@ class SaveMask:
         number = len(self.sources) - len(self.dataset.failures)
         logger.info("%d mask%s in %s", number, "" if number == 1 else "s", self.output)
 
-    def save(self, case: str, prediction: MetaTensor) -> None:
-        """Writes the mask of one case, (1, H, W[, D]), and lists it."""
+    def save(self, case: str, result: Mapping[str, Any]) -> None:
+        """Writes what is said of one case, and lists the files."""
         source = self.sources[case]
-        target = mask_path(self.output, case, source)
-        mask = as_classes(np.asarray(prediction.cpu())[0])
-        write_mask(mask, np.asarray(prediction.affine, dtype=np.float64), source, target)
+        if self.main is not None:
+            prediction = result["pred"]
+            affine = np.asarray(prediction.affine, dtype=np.float64)
+            masks = np.asarray(prediction.cpu())
+            for mask, target in zip(masks, mask_paths(self.output, case, source, self.main), strict=True):
+                self.save_mask(as_classes(mask), affine, source, target)
+        if self.image_tasks:
+            self.rows.append({"case": case, **image_columns(self.image_tasks, result)})
+            text = io.StringIO()
+            table = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.rows)
+            write_text(self.output / IMAGES, text.getvalue())
+            self.written[IMAGES] = str(source.parent)
+        write_text(self.output / MANIFEST, json.dumps(self.written, indent=1) + "\n")
+
+    def save_mask(self, mask: Mask, affine: npt.NDArray[np.float64], source: Path, target: Path) -> None:
+        """Writes one mask, and for pictures its overlay."""
+        write_mask(mask, affine, source, target)
         self.written[target.name] = str(source)
         if self.overlay and target.suffix == ".png":
             write_overlay(mask, source, overlay_path(target))
             self.written[overlay_path(target).name] = str(source)
-        write_text(self.output / MANIFEST, json.dumps(self.written, indent=1) + "\n")
 
 
-def mask_path(output: Path, case: str, source: Path) -> Path:
-    """Where the mask of a case goes."""
+def image_columns(tasks: Sequence[Task], result: Mapping[str, Any]) -> dict[str, str]:
+    """The image-level results of a case: of each task the likeliest class, and the probability of every class."""
+    columns = {}
+    for task in tasks:
+        probabilities = result[f"pred_{task.name}"].tolist()
+        columns[task.name] = task.names[max(range(task.channels), key=probabilities.__getitem__)]
+        columns |= {f"{task.name}: {name}": f"{p:.4f}" for name, p in zip(task.names, probabilities, strict=True)}
+    return columns
+
+
+def mask_paths(output: Path, case: str, source: Path, task: Task | None) -> list[Path]:
+    """Where the masks of a case go: one, or one for each label where they may overlap; none without masks."""
     is_volume = suffix_of(source) in ("", *NIFTI_SUFFIXES)
-    return output / (case + (".nii.gz" if is_volume else ".png"))
+    suffix = ".nii.gz" if is_volume else ".png"
+    if task is None:
+        return []
+    endings = [""] if task.kind == "classes" else ["_" + re.sub(r"[^\w.-]+", "_", name) for name in task.names]
+    return [output / f"{case}{ending}{suffix}" for ending in endings]
 
 
 def overlay_path(mask: Path) -> Path:
@@ -119,7 +160,9 @@ def read_manifest(output: Path) -> dict[str, str]:
     return content
 
 
-def check_output(output: Path, sources: Mapping[str, Path], overlay: bool = False) -> dict[str, str]:
+def check_output(
+    output: Path, sources: Mapping[str, Path], tasks: Sequence[Task], overlay: bool = False
+) -> dict[str, str]:
     """What predictions already wrote to ``output``, as :func:`read_manifest` gives it.
 
     Raises:
@@ -129,8 +172,10 @@ def check_output(output: Path, sources: Mapping[str, Path], overlay: bool = Fals
     folders = {(path if path.is_dir() else path.parent).resolve() for path in sources.values()}
     if output.resolve() in folders:
         raise DataError(f"The output {output} is the folder of the inputs: give the masks a folder of their own.")
-    masks = [mask_path(output, case, source) for case, source in sources.items()]
-    targets = masks + ([overlay_path(mask) for mask in masks if mask.suffix == ".png"] if overlay else [])
+    main = main_task(tasks)
+    masks = [path for case, source in sources.items() for path in mask_paths(output, case, source, main)]
+    tables = [output / IMAGES] if any(not task.dense for task in tasks) else []
+    targets = tables + masks + ([overlay_path(mask) for mask in masks if mask.suffix == ".png"] if overlay else [])
     twice = [path.name for path, count in Counter(targets).items() if count > 1]
     if twice:
         raise DataError(f"Two inputs would be written to one file: {some(twice)}. Rename one of them.")

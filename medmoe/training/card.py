@@ -45,8 +45,9 @@ def bundle_cost(files: Sequence[str | os.PathLike[str]], settings: Mapping[str, 
     found += problems(values)
     if found:
         raise ConfigError("\n  - ".join(["the settings will not do:", *found]))
-    if values.get("conditions") and not Path(values["dataset_dir"]).is_dir():
-        parser.update(pairs={"schema": least_schema(values["conditions"])})
+    conditions = values.get("conditions")
+    if not conditions or not Path(values["dataset_dir"]).is_dir():
+        parser.update(pairs={"schema": least_schema(conditions) if conditions else None})
     try:
         return cost_card(parser.get_parsed_content("network"), values["roi_size"])
     except Exception as error:  # MONAI wraps what is raised in an expression

@@ -33,7 +33,10 @@ TITLES = {
 }
 MOST_NUMBERS = 8
 """Up to so many candidates, shares are written into a heat map, and its scale goes to 1."""
-KINDS = ("own prompts", "prompts of", "own outputs", "outputs of", "patches", "condition")
+KINDS = (
+    *("own prompts", "prompts of", "foreign prompts", "own outputs", "outputs of", "foreign outputs"),
+    *("patches", "condition"),
+)
 OWNER_COLORS = (*PALETTE, "#F0E442")
 
 

@@ -263,6 +263,7 @@ RULES: Mapping[str, Rule] = {
     "precision": one_of(*PRECISIONS),
     "checkpoint": optional(text),
     "input": optional(text),
+    "condition_dir": optional(text),
     "overlay": truth,
     "split": one_of(*SPLITS),
 }

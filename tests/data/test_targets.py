@@ -111,7 +111,7 @@ def test_the_plain_task_is_plain_segmentation(tmp_path: Path) -> None:
     touch(tmp_path, *[f"{part}/{i}.png" for i in "ab" for part in ("images", "masks")])
     assert load_cases(tmp_path, make_tasks(None)) == load_cases(tmp_path)
     touch(tmp_path, "images/c.png")
-    with pytest.raises(DataError, match="1 of 3 images .* no label"):
+    with pytest.raises(DataError, match=r"1 of 3 images .* no label"):
         load_cases(tmp_path, make_tasks(None, 5))
 
 
