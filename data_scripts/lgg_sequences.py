@@ -34,6 +34,8 @@ SHORTER = {
     "histological_type": "histology",
     "death01": "death",
 }
+MEANINGS = {"grade": {"1": "II", "2": "III"}}
+"""Codes of the source that are written out."""
 
 README = """LGG sequences
 =============
@@ -43,7 +45,7 @@ README = """LGG sequences
 images/       FLAIR, 8 bits
 post/         post-contrast T1, 8 bits; missing for {missing} slices, whose source repeats FLAIR in its place
 masks/        0 and 255, the FLAIR abnormality (label_threshold 127)
-clinical.csv  coded attributes of each patient (grade 1 is II, 2 is III): {columns}
+clinical.csv  attributes of each patient, coded but for the grade: {columns}
 splits.json   by patient: {splits} slices
 
 Source: M. Buda, A. Saha and M. A. Mazurowski, Association of genomic subtypes of lower-grade gliomas with shape
@@ -132,7 +134,9 @@ def _write_table(target: Path, table: Table, cases: list[str]) -> list[str]:
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", *columns])
-        writer.writerows([case, *(table.rows[case][column] for column in kept)] for case in cases)
+        for case in cases:
+            values = [(SHORTER.get(column, column), table.rows[case][column]) for column in kept]
+            writer.writerow([case, *(MEANINGS.get(column, {}).get(value, value) for column, value in values)])
     return columns
 
 

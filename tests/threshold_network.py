@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from medmoe.tasks import single_task
+
 
 class Threshold(nn.Module):
     """Class 1 where the mean over channels is above ``level``, a trained parameter; it has one expert of patch 8."""
@@ -17,6 +19,7 @@ class Threshold(nn.Module):
         expert = nn.Module()
         expert.name, expert.sha256, expert.domain, expert.patch = "none", "0" * 64, "", 8
         self.experts = nn.ModuleList([expert])
+        self.tasks = single_task(2)
         self.level = nn.Parameter(torch.tensor(level))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmoe.moe.routing import Gates, shares
-from medmoe.training.pictures import PALETTE, outline, write_figure
+from medmoe.training.pictures import PALETTE, color, thinning, tint, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,6 +223,8 @@ def slices_picture(
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
+    step = thinning(image.shape)
+    image = image[::step, ::step]
     ratio = min(2.0, max(0.5, image.shape[0] * aspect / image.shape[1]))
     figure = Figure(figsize=(10, 0.7 + len(winners) * (2.9 * ratio + 0.35)), layout="constrained", dpi=110)
     rows = figure.subplots(len(winners), 3, squeeze=False)
@@ -232,10 +234,12 @@ def slices_picture(
         for axes in (plain, over):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
             axes.set_axis_off()
-        over.imshow(colors[map_], alpha=0.6, aspect=aspect, interpolation="nearest")
+        over.imshow(colors[map_[::step, ::step]], alpha=0.6, aspect=aspect, interpolation="nearest")
         areas = (outlines or {}).get(name, ())
-        for index, area in enumerate(areas):
-            outline(plain, area, PALETTE[index % len(PALETTE)])
+        layer = np.zeros((*image.shape[:2], 4), np.float32)
+        for index, area in enumerate(areas, 1):
+            tint(layer, area[::step, ::step], color(index))
+        plain.imshow(layer, aspect=aspect, interpolation="nearest")
         plain.set_title("image" if len(areas) == 0 else f"{name}: prediction", fontsize=9)
         over.set_title(f"{name}: winning slice", fontsize=9)
         won = np.bincount(map_.ravel(), minlength=len(candidates)) / map_.size

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from medmoe.conditions import KINDS as CONDITION_KINDS
+from medmoe.data.conditions import condition_problems
 from medmoe.data.datalist import SPLITS
 from medmoe.decoders.fusion import FUSIONS
 from medmoe.errors import ExpertError
@@ -147,18 +148,8 @@ def tasks(value: Any) -> str:
 
 
 def conditions(value: Any) -> str:
-    """A list of conditions, each with a name and a kind."""
-    kinds = ", ".join(CONDITION_KINDS)
-    example = "such as [{'name': 'age', 'kind': 'number'}]"
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, Mapping) for item in value):
-        return f"a list of conditions, {example}"
-    for item in value:
-        if set(item) != {"name", "kind"} or text(item["name"]):
-            return f"for each condition a name and a kind, {example}; found {dict(item)}"
-        if item["kind"] not in CONDITION_KINDS:
-            return f"for {item['name']} a kind out of {kinds}. {nearest(str(item['kind']), CONDITION_KINDS)}".strip()
-    called = [item["name"] for item in value]
-    return "" if len(set(called)) == len(called) else "each condition once"
+    """A list of conditions, each with a name and a kind; whether texts have an encoder is seen elsewhere."""
+    return "; ".join(condition_problems(value, text_encoder="any"))
 
 
 def kernels(value: Any) -> str:
@@ -269,12 +260,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 PER_AXIS = ("roi_size", "spacing", "resize")
+LISTS = ("tasks", "conditions")
+"""Settings whose rules name the entry that is wrong, and what is wrong with it."""
+MOST_PATCHES = 256
+"""Patch tokens that a dispatcher of :class:`medmoe.moe.PMoE` sees at most."""
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
     """One line for every setting that is out of range or contradicts another; settings without a rule pass."""
     wrong = {name: rule(settings[name]) for name, rule in RULES.items() if name in settings and rule(settings[name])}
-    found = [f"{name}: found {settings[name]!r}, expected {expected}" for name, expected in wrong.items()]
+    found = [
+        f"{name}: {expected}" if name in LISTS else f"{name}: found {settings[name]!r}, expected {expected}"
+        for name, expected in wrong.items()
+    ]
     return found + contradictions({name: value for name, value in settings.items() if name not in wrong})
 
 
@@ -296,43 +294,92 @@ def contradictions(settings: Mapping[str, Any]) -> list[str]:
 
 
 def expert_contradictions(settings: Mapping[str, Any]) -> list[str]:
-    """Experts that are not there, or that do not fit the image."""
+    """Experts that are not there, or that do not fit the image or each other."""
     found = []
-    used = [name for name in EXPERTS if settings.get(name)]
+    used = used_experts(settings)
     if not used and {"general", "medical"} <= set(settings):
         found.append("general and medical: found neither, expected at least one expert")
     count = settings.get("in_channels") or 1
-    for name in EXPERTS:
+    for name in used:
         chosen = settings.get(f"{name}_channels")
         if chosen and max(chosen) >= count:
             found.append(f"{name}_channels: found {list(chosen)}, expected numbers below in_channels, which is {count}")
-        elif count > 3 and settings.get(name) and not chosen:
+        elif count > 3 and not chosen:
             found.append(f"{name}_channels: an expert sees three of the {count} channels: say which, such as [0, 1, 2]")
-    chosen = settings.get("condition_expert")
-    if settings.get("conditions") and used and chosen is not None and chosen >= len(used):
-        found.append(
-            f"condition_expert: found {chosen}, expected 0 to {len(used) - 1}: the experts are {', '.join(used)}"
-        )
+        size, patch = settings.get(f"{name}_size"), patch_of(settings[name])
+        if size and patch and round(size / patch) < 2:
+            found.append(
+                f"{name}_size: found {size}, expected at least {2 * patch}: {settings[name]} cuts images into patches "
+                f"of {patch}, and a grid of one token cannot be aligned with another expert's"
+            )
     return found
+
+
+def used_experts(settings: Mapping[str, Any]) -> list[str]:
+    """Which of the experts there are."""
+    return [name for name in EXPERTS if settings.get(name)]
+
+
+def patch_of(expert: str) -> int:
+    """Pixels of a patch along each side, where the name of an expert's model says so; 0 otherwise."""
+    if not expert.startswith("timm/"):
+        entry = catalog.entry(expert)
+        expert = entry.timm_model or {"tiny_vit": "patch16"}[entry.architecture]
+    match = re.search(r"patch(\d+)", expert)
+    return int(match[1]) if match else 0
 
 
 def method_contradictions(settings: Mapping[str, Any]) -> list[str]:
     """Settings of the methods that do not go together."""
-    found = []
+    return dispatch_contradictions(settings) + decoder_contradictions(settings) + condition_contradictions(settings)
+
+
+def dispatch_contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """More tokens to keep than there are."""
+    top_k, prompts = settings.get("top_k"), settings.get("num_prompts")
+    if (settings.get("prompter"), settings.get("dispatch")) != ("pmoe", "topk") or not top_k or not prompts:
+        return []
+    count = len(used_experts(settings))
+    extra = settings.get("mope_prompts") or 0 if settings.get("conditions") else 0
+    most = MOST_PATCHES + 2 * count * prompts + extra
+    if top_k <= most:
+        return []
+    return [
+        f"top_k: found {top_k}, expected 1 to {most}, the tokens that a dispatcher can choose from at most "
+        f"({MOST_PATCHES} patches, and the prompts of {count} expert(s) with their outputs)"
+    ]
+
+
+def decoder_contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """Slices that cannot be cut, or that are fewer than those to keep."""
     slices, top_k = settings.get("fgmoe_slices"), settings.get("fgmoe_top_k")
-    if settings.get("decoder") == "fgmoe" and slices and top_k and top_k > slices:
+    if settings.get("decoder") != "fgmoe" or not slices:
+        return []
+    found = []
+    if top_k and top_k > slices:
         found.append(f"fgmoe_top_k: found {top_k}, expected 1 to {slices}, because fgmoe_slices is {slices}")
     hidden = 4 * (settings.get("decoder_channels") or 0)
-    if settings.get("decoder") == "fgmoe" and slices and hidden % slices:
+    if hidden % slices:
         found.append(
             f"fgmoe_slices: found {slices}, expected a divisor of {hidden}, the hidden width (4 x decoder_channels)"
         )
+    return found
+
+
+def condition_contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """Conditions that nothing can encode, or that have no way in."""
     wanted = settings.get("conditions") or []
-    columns = [item["name"] for item in wanted if item["kind"] != "image"]
-    if columns and not settings.get("table"):
-        found.append(f"table: found none, expected a CSV file with the columns {', '.join(columns)} of conditions")
-    if any(item["kind"] == "text" for item in wanted) and not settings.get("text_encoder"):
-        found.append("text_encoder: found none, expected a name or path for transformers: a condition is a text")
-    if wanted and not any(settings.get(name) and settings.get(f"prompt_{name}", True) for name in EXPERTS):
+    if not wanted:
+        return []
+    found = []
+    texts = [item["name"] for item in wanted if item["kind"] == "text"]
+    if texts and not settings.get("text_encoder", texts):
+        found.append(f"text_encoder: found none, expected a name or path for transformers: {texts[0]} is a text")
+    if not any(settings.get(name) and settings.get(f"prompt_{name}", True) for name in EXPERTS):
         found.append("conditions: they enter through prompts, but no expert is prompted: set --prompt_general True")
+    used, chosen = used_experts(settings), settings.get("condition_expert")
+    if used and chosen is not None and chosen >= len(used):
+        found.append(
+            f"condition_expert: found {chosen}, expected 0 to {len(used) - 1}: the experts are {', '.join(used)}"
+        )
     return found

@@ -55,7 +55,7 @@ def test_all_presets_are_known_here_and_hold_settings_alone() -> None:
     for path in METHODS.glob("*.json"):
         config = json.loads(path.read_text())
         assert config.pop("_desc_").endswith(".")
-        assert set(config) <= set(RULES) and {"num_prompts", "general_lora", "medical_lora", "fusion"} <= set(config)
+        assert set(config) <= set(RULES) and {"prompter", "general_lora", "medical_lora", "fusion"} <= set(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,8 +73,8 @@ def test_a_preset_through_training_and_evaluation(tmp_path: Path) -> None:
     workflow = run(TRAIN, vpt, **settings)
     assert workflow.version == medmoe.__version__  # metadata are still those beside the bundle
     saved = read_metadata(tmp_path / "run/best.safetensors").settings
-    assert saved["dispatch"] == "none" and saved["num_prompts"] == 10
+    assert saved["prompter"] == "vpt" and saved["num_prompts"] == 10
     run(TRAIN, vpt, EVALUATE, **settings)
     assert (tmp_path / "run/evaluation_test/cases.json").is_file()
     message = error_of(TRAIN, EVALUATE, **settings)
-    assert message.splitlines()[-1].strip() == "pass --general_lora 0 --medical_lora 0 --dispatch none --fusion concat"
+    assert message.splitlines()[-1].strip() == "pass --general_lora 0 --medical_lora 0 --prompter vpt --fusion concat"

@@ -48,13 +48,15 @@ INFERENCE = {
         "$from medmoe.data import postprocessing",
         "$from medmoe.training.checkpoint import load_checkpoint",
         "$from medmoe.inference import find_inputs",
+        "$from medmoe.tasks import single_task",
     ],
     "input": None,
     "output": "$@output_dir + '/predictions'",
     "overlay": False,
     "checkpoint": "$@output_dir + '/best.safetensors'",
+    "task_list": "$single_task(@num_classes)",
     "preprocessing": "$preprocessing(@spatial_dims, @in_channels, @spacing, @intensity, with_label=False)",
-    "postprocessing": "$postprocessing(@num_classes, @preprocessing, with_label=False)",
+    "postprocessing": "$postprocessing(@num_classes, @preprocessing, with_label=False, tasks=@task_list)",
     "dataset": {
         "_target_": "medmoe.inference.InputDataset",
         "data": "$find_inputs(@input, @in_channels)",
@@ -68,7 +70,13 @@ INFERENCE = {
         "spatial_dims": "@spatial_dims",
     },
     "handlers": [
-        {"_target_": "medmoe.inference.SaveMask", "dataset": "@dataset", "output": "@output", "overlay": "@overlay"}
+        {
+            "_target_": "medmoe.inference.SaveMask",
+            "dataset": "@dataset",
+            "output": "@output",
+            "tasks": "@task_list",
+            "overlay": "@overlay",
+        }
     ],
     "evaluator": {
         "_target_": "SupervisedEvaluator",
