@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from medmoe.errors import MedMoEError
+from medmoe.tasks import make_tasks
 from medmoe.training.excepthook import find_error
+from medmoe.training.settings import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES, METHODS = ROOT / "bundles", ROOT / "configs" / "methods"
 TRAIN, EVALUATE, INFERENCE = (BUNDLES / f"{name}.json" for name in ("pmoe_seg", "evaluate", "inference"))
+COMPOSED = tuple(BUNDLES / f"pmoe_{name}.json" for name in ("multitask", "multimodal", "full", "cls"))
+"""Bundles that take their machinery from ``pmoe_seg.json``."""
 
 SHORT = {
     "decoder_channels": 8,
@@ -45,6 +50,19 @@ ONE_EXPERT = {
 }
 TWO_EXPERTS = {**SHORT, "general_size": 28, "medical_size": 64}
 RANDOM = {"general_weights": "random", "medical_weights": "random"}
+TINY_EXPERTS = {
+    **SHORT,
+    **RANDOM,
+    "general": "timm/test_vit",
+    "general_size": 32,
+    "medical": "timm/test_vit2",
+    "medical_size": 48,
+    "medical_lora": 2,
+    "spatial_dims": 2,
+    "roi_size": [32, 32],
+    "batch_size": 2,
+}
+"""Two experts of a few layers, 64 channels wide, in 2-D."""
 
 
 def make(*files: Path, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
@@ -138,3 +156,63 @@ def write_pictures(folder: Path, training: int = 3, validation: int = 2) -> Path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array.astype(np.uint8)).save(path)
     return folder
+
+
+def write_cases(folder: Path, settings: Mapping[str, Any], training: int = 4) -> Path:
+    """Gray pictures of 40 x 44 with all that the tasks and conditions of a bundle's ``settings`` need.
+
+    There are ``training`` cases, and two each for validation and test, called case0 and so on. Masks are discs of 255,
+    ages are different in all cases, categories and image-level classes take turns, so that every split has two.
+    """
+    generator = np.random.default_rng(random.getrandbits(32))
+    tasks = make_tasks(settings.get("tasks"), settings.get("num_classes", 2))
+    conditions = {item["name"]: item["kind"] for item in settings.get("conditions") or ()}
+    columns = [task.target for task in tasks if not task.dense]
+    columns += [name for name, kind in conditions.items() if kind != "image"]
+    rows = []
+    for index in range(training + 4):
+        name = f"case{index}"
+        folders = {"images": generator.uniform(0, 60, (40, 44))}
+        for task in tasks:
+            for label in task.foreground if task.kind in ("classes", "labels") else ():
+                mask = disc(generator)
+                folders["images"] += 100 * mask
+                inner = f"/{label.replace(' ', '_')}" if task.kind == "labels" else ""
+                folders[(task.target or "masks") + inner] = 255 * mask
+        folders |= {name: generator.uniform(0, 255, (40, 44)) for name, kind in conditions.items() if kind == "image"}
+        for place, values in folders.items():
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / place / f"{name}.png")
+        row = {task.target: task.names[index % task.channels] for task in tasks if not task.dense}
+        values = {"number": 40 + index, "category": "AB"[index % 2], "text": f"report {index}"}
+        rows.append({"case": name, **row, **{key: values[kind] for key, kind in conditions.items() if kind in values}})
+    if columns:
+        write_table(folder / settings["table"], rows)
+    names = [row["case"] for row in rows]
+    splits = {"train": names[:training], "validation": names[training : training + 2], "test": names[training + 2 :]}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def disc(generator: np.random.Generator) -> Any:
+    """A disc somewhere in a picture of 40 x 44."""
+    y, x = np.mgrid[:40, :44]
+    return (y - generator.uniform(14, 26)) ** 2 + (x - generator.uniform(14, 30)) ** 2 < 100
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def settings_of(bundle: Path) -> dict[str, Any]:
+    """The settings in the file of a bundle, without those that it takes from another."""
+    return {name: value for name, value in json.loads(bundle.read_text()).items() if name in RULES and not taken(value)}
+
+
+def taken(value: Any) -> bool:
+    """Whether a value of a bundle is taken from another file."""
+    return isinstance(value, str) and value.startswith("%")

@@ -38,6 +38,8 @@ def summary(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
     for task in tasks:
         lines += task_lines(task, content)
     lines.append(f"every case: {Path(folder) / CASES}.csv (hd95 in mm, in pixels for pictures)")
+    if (Path(folder) / "routing.csv").exists():
+        lines.append(f"how every case was routed: {Path(folder) / 'routing.csv'}")
     if any(task.dense for task in tasks):
         lines.append(f"pictures (image, truth, prediction): {Path(folder) / OVERLAYS}")
     return "\n".join(lines)
@@ -74,3 +76,6 @@ def track(folder: str | os.PathLike[str], run_dir: str | os.PathLike[str], uri: 
     means = {**content["mean"], **content["classes"]}
     metrics = {f"{split}_{name.removeprefix('val_')}": value for name, value in means.items() if value is not None}
     add_to_run(run_dir, uri, metrics, sorted((Path(folder) / OVERLAYS).glob("*.png")), f"{OVERLAYS}_{split}")
+    groups = sorted(Path(folder).glob("routing_by_*.png"))
+    if groups:
+        add_to_run(run_dir, uri, {}, groups, f"routing_{split}")

@@ -218,19 +218,15 @@ def winning(
 ) -> dict[tuple[str, str], NDArray[np.int64]]:
     """The winner (H, W[, D]) among the candidates of each of FGMoE's routers, by (part, receiver).
 
-    The weights of overlapping windows are blended as predictions are, and averaged where several heads route.
+    The weights of overlapping windows are blended as predictions are.
     """
     found: dict[tuple[str, str], int] = {}
 
     def weights(windows: Tensor, **condition: Any) -> Tensor:
         network(windows, **condition)
-        maps: dict[tuple[str, str], list[Tensor]] = {}
-        for gate in network.gates():
-            if gate.router == "fgmoe":
-                maps.setdefault((gate.part, gate.receiver), []).append(gate.weights)
-        means = {key: torch.stack(each).mean(0) for key, each in maps.items()}
-        found.update({key: mean.shape[1] for key, mean in means.items()})
-        return torch.cat([interpolate(mean, windows.shape[2:]) for mean in means.values()], 1).to(windows.device)
+        sliced = [gate for gate in network.gates() if gate.router == "fgmoe"]
+        found.update({(gate.part, gate.receiver): gate.weights.shape[1] for gate in sliced})
+        return torch.cat([interpolate(gate.weights, windows.shape[2:]) for gate in sliced], 1).to(windows.device)
 
     blended = cast(Tensor, inferer(image, weights, **given))[0]
     split = blended.split(list(found.values()))

@@ -364,7 +364,14 @@ class FGMoE(nn.Module):
         For each task its routed slices (site 0, part "slices"), then for each the global experts (site 1, "global").
         """
         return [
-            Gates("fgmoe", task, part, PARTS[part], maps, tuple(f"{PARTS[part]} {i}" for i in range(maps.shape[1])))
+            Gates(
+                "fgmoe",
+                task,
+                part,
+                PARTS[part],
+                maps,
+                tuple(f"{PARTS[part].removesuffix('s')} {i}" for i in range(maps.shape[1])),
+            )
             for task, part, maps in self.last
         ]
 

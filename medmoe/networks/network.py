@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from medmoe.networks.trunk import Condition, ExpertTrunk
 from medmoe.tasks import Task, single_task
 
 WEIGHTINGS = ("fixed", "uncertainty")
-Placed = TypeVar("Placed", Gates, RoutingRecord)
 
 
 class Parts(NamedTuple):
@@ -186,9 +185,17 @@ class ExpertNetwork(ExpertTrunk):
     @property
     def routers(self) -> list[Router]:
         """Everything that routes: dispatchers, conditioner, adapters, heads of the decoder."""
+        return [router for router, _ in self.named_routers()]
+
+    def named_routers(self) -> Iterator[tuple[Router, str]]:
+        """Each router, and for those of a decoder with a head for each expert the name of that expert, else ""."""
         heads = [] if self.decoder is None else [head.refine for head in self.decoder.heads]
-        parts: list[object] = [self.prompter, self.conditioner, *(expert.after for expert in self.encoders), *heads]
-        return [part for part in parts if isinstance(part, Router)]
+        names = [expert.name for expert in self.encoders] if len(heads) > 1 else [""] * len(heads)
+        parts: list[tuple[object, str]] = [(self.prompter, ""), (self.conditioner, "")]
+        parts += [(expert.after, "") for expert in self.encoders] + list(zip(heads, names, strict=True))
+        for part, name in parts:
+            if isinstance(part, Router):
+                yield part, name
 
     @property
     def recording(self) -> bool:
@@ -202,15 +209,26 @@ class ExpertNetwork(ExpertTrunk):
 
     def routing(self) -> list[RoutingRecord]:
         """How each router spread its weights in the last forward pass with :attr:`recording` set."""
-        return [self.placed(record) for router in self.routers for record in router.routing()]
+        return [
+            record._replace(site=self.site(record), expert="/".join(filter(None, (record.expert, head))))
+            for router, head in self.named_routers()
+            for record in router.routing()
+        ]
 
     def gates(self) -> list[Gates]:
-        """The same image by image (to all but FGMoE the slices of a volume are images)."""
-        return [self.placed(gates) for router in self.routers for gates in router.gates()]
+        """The same image by image (to all but FGMoE the slices of a volume are images).
 
-    def placed(self, found: Placed) -> Placed:
-        """A router's report with sites counted over all, where it knows only those that have prompts."""
-        return found._replace(site=found.site + self.first_site) if found.router in ("pmoe", "mope") else found
+        Under late fusion the receivers of FGMoE are a task and the expert whose head it is, such as "lesion/vit".
+        """
+        return [
+            gates._replace(site=self.site(gates), receiver="/".join(filter(None, (gates.receiver, head))))
+            for router, head in self.named_routers()
+            for gates in router.gates()
+        ]
+
+    def site(self, found: Gates | RoutingRecord) -> int:
+        """The site of a router's report, counted over all, where the router knows only those that have prompts."""
+        return found.site + self.first_site * (found.router in ("pmoe", "mope"))
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that train: prompts and dispatchers, conditions, adapters, decoder."""

@@ -269,21 +269,28 @@ def tinted(areas: Sequence[tuple[str, NDArray[np.bool_]]], shape: tuple[int, ...
     """
     layer = np.zeros((*shape, 4), np.float32)
     for ink, area in areas:
-        tint(layer, area, ink)
+        tint(layer, area * np.float32(0.3), ink)
+    for ink, area in areas:  # after all areas, so that none covers another's border
+        tint(layer, border(area).astype(np.float32), ink)
     return layer
 
 
-def tint(layer: NDArray[np.float32], area: NDArray[np.bool_], ink: str) -> None:
-    """Lays an area (H, W) over a layer (H, W, 4) of colors and opacities: light inside, full along its border."""
-    from matplotlib.colors import to_rgb
+def border(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The outermost pixels of an area (H, W), as wide as can be seen."""
     from scipy.ndimage import binary_erosion
 
-    thickness = max(1, max(area.shape) // 200)
-    border = area & ~binary_erosion(area, iterations=thickness)
-    opacity = (area * 0.3 + border * 0.7).astype(np.float32)[..., None]
-    under = layer[..., 3:] * (1 - opacity)
-    total = opacity + under
-    layer[..., :3] = (np.asarray(to_rgb(ink), np.float32) * opacity + layer[..., :3] * under) / np.maximum(total, 1e-6)
+    inner: NDArray[np.bool_] = binary_erosion(area, iterations=max(1, max(area.shape) // 200))
+    return area & ~inner
+
+
+def tint(layer: NDArray[np.float32], opacity: NDArray[np.float32], ink: str) -> None:
+    """Lays a color of some opacity (H, W) over a layer (H, W, 4) of colors and opacities."""
+    from matplotlib.colors import to_rgb
+
+    over = opacity[..., None]
+    under = layer[..., 3:] * (1 - over)
+    total = over + under
+    layer[..., :3] = (np.asarray(to_rgb(ink), np.float32) * over + layer[..., :3] * under) / np.maximum(total, 1e-6)
     layer[..., 3:] = total
 
 

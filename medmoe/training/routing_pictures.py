@@ -235,7 +235,7 @@ def slices_picture(
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
             axes.set_axis_off()
         over.imshow(colors[map_[::step, ::step]], alpha=0.6, aspect=aspect, interpolation="nearest")
-        areas = (outlines or {}).get(name, ())
+        areas = (outlines or {}).get(name.split("/")[0], ())
         layer = np.zeros((*image.shape[:2], 4), np.float32)
         for index, area in enumerate(areas, 1):
             tint(layer, area[::step, ::step], color(index))

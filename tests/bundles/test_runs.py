@@ -103,7 +103,7 @@ def trained_on_pictures(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_leaves_its_record(trained: Run) -> None:
     names = {path.name for path in trained.folder.iterdir()}
-    assert names >= {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json", "splits.json", "routing.png"}
+    assert names >= {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json", "splits.json", "routing_pmoe.png"}
     record = json.loads((trained.folder / "run.json").read_text())
     assert {name: record["settings"][name] for name in trained.settings} == trained.settings
     assert {name: split["cases"] for name, split in record["data"].items()} == {"train": 3, "validation": 2, "test": 2}
@@ -132,7 +132,7 @@ def test_the_run_is_in_mlflow(trained: Run, store: str) -> None:
     last = rows_of(trained.folder)[-1]["metrics"]
     assert tracked.data.metrics["val_mean_dice"] == pytest.approx(last["val_mean_dice"])
     artifacts = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
-    assert {"best.safetensors", "run.json", "routing.png", "overlays"} <= artifacts
+    assert {"best.safetensors", "run.json", "routing_pmoe.png", "overlays"} <= artifacts
 
 
 def test_evaluation_of_the_held_out_cases(trained: Run, store: str, capsys: pytest.CaptureFixture[str]) -> None:
