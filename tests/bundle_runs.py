@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
@@ -107,6 +108,20 @@ def error_of(*files: Path, kind: str = "train", **overrides: Any) -> str:
 def part(workflow: ConfigWorkflow, name: str) -> Any:
     """A part of a bundle, such as ``network_def``."""
     return workflow.parser.get_parsed_content(name)
+
+
+class PowerCut(MedMoEError):
+    """What ends a training in these tests."""
+
+
+def cut(step: int) -> Callable[[Any], None]:
+    """Ends a training before ``step``, as no handler expects it."""
+
+    def fail(engine: Engine) -> None:
+        raise PowerCut
+
+    event = Events.ITERATION_STARTED(once=step)
+    return lambda workflow: part(workflow, "train::trainer").add_event_handler(event, fail)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

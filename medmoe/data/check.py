@@ -324,7 +324,7 @@ def _label_problems(label: Content, image: Content | None, expected: Expected, t
         yield f"{np.count_nonzero(~np.isfinite(label.array))} voxels are NaN or infinite"
     elif expected.label_threshold is None and task.kind == "classes":
         array = label.array if expected.plain else label.array[label.array != UNLABELLED]
-        yield from _value_problems(array, len(task.names)) if array.size else ()
+        yield from _value_problems(array, task, expected.plain) if array.size else ()
 
 
 def _mismatches(label: Content, image: Content) -> Iterator[str]:
@@ -336,17 +336,20 @@ def _mismatches(label: Content, image: Content) -> Iterator[str]:
             yield f"its affine places it up to {distance:.1f} voxels away from the image"
 
 
-def _value_problems(array: npt.NDArray[Any], num_classes: int) -> Iterator[str]:
+def _value_problems(array: npt.NDArray[Any], task: Task, plain: bool) -> Iterator[str]:
+    num_classes = len(task.names)
     low, high = float(array.min()), float(array.max())
     if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
         yield f"its values, from {low:g} to {high:g}, are not whole numbers, expected one class number for each voxel"
     elif low < 0 or high >= num_classes:
         values = np.unique(array)
         found = ", ".join(f"{value:g}" for value in values[values >= num_classes][:5]) or f"{low:g}"
-        advice = f"--num_classes {high + 1:g} if these are classes"
+        advice = f"pass --num_classes {high + 1:g} if these are classes"
+        if not plain:
+            advice = f"give task {task.name} {high + 1:g} names if these are classes"
         if num_classes == 2 and high > MASK_VALUE:
-            advice = f"--label_threshold {high // 2:g} if this is a mask"
-        yield f"there are values outside the classes 0 to {num_classes - 1}: {found}; pass {advice}"
+            advice = f"pass --label_threshold {high // 2:g} if this is a mask"
+        yield f"there are values outside the classes 0 to {num_classes - 1}: {found}; {advice}"
 
 
 def _present(array: npt.NDArray[Any], task: Task, index: int, expected: Expected) -> set[int]:

@@ -104,7 +104,8 @@ def _column_problem(name: str, kind: str, values: Mapping[str, Any], count: int)
             return f"{name}: kind is number, but case {case} has {value!r}{more}: correct it, or declare a category"
         different = sorted({f"{float(value):g}" for value in values.values()})
     if len(different) == 1:
-        return f"{name}: it is {different[0]!r} in all of the {len(values)} training cases that have it: leave it out"
+        same = f"it is {different[0]!r} in all of the {len(values)} training cases that have it"
+        return f"{name}: {same}, expected at least two different values: leave it out"
     if kind == "category" and len(different) > MOST_CATEGORIES:
         shown = some(different, 3)
         return f"{name}: a category with {len(different)} values ({shown}) looks like an identifier; leave it out"

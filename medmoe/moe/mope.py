@@ -135,14 +135,17 @@ class ConditionEncoder(nn.Module):
         schema: the conditions.
         width: of psi.
         image_width: of the pooled features of the second modality; needed where the schema has an image.
-        dropout: probability in [0, 1) that training drops a group of a sample, for each group by itself, so that a
-            missing condition is nothing new to the network.
+        dropout: probability in [0, 1) that training drops the whole condition of a sample, so that a missing condition
+            is nothing new to the network.
+        group_dropout: probability in [0, 1) that it drops a group, for each group by itself where there are several.
 
     Raises:
         ConfigError: where the schema has no columns, a width is missing, or ``dropout`` is out of range.
     """
 
-    def __init__(self, schema: Schema, width: int, image_width: int = 0, dropout: float = 0.3) -> None:
+    def __init__(
+        self, schema: Schema, width: int, image_width: int = 0, dropout: float = 0.3, group_dropout: float = 0.1
+    ) -> None:
         super().__init__()
         numbers, categories, texts, images = (schema.of_kind(kind) for kind in ("number", "category", "text", "image"))
         if not schema.columns:
@@ -151,6 +154,7 @@ class ConditionEncoder(nn.Module):
             [
                 ("psi_width", width, width >= 1, "1 or more"),
                 ("psi_dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1"),
+                ("group_dropout", group_dropout, 0 <= group_dropout < 1, "at least 0 and below 1"),
                 ("text_width", schema.text_width, not texts or schema.text_width >= 1, "1 or more for text conditions"),
                 ("image_width", image_width, not images or image_width >= 1, "1 or more for an image condition"),
             ]
@@ -166,6 +170,7 @@ class ConditionEncoder(nn.Module):
         if images:
             groups.append(EmbeddingGroup("image_features", 1, image_width, width))
         self.groups: Any = nn.ModuleList(groups)
+        self.group_dropout = group_dropout if len(groups) > 1 else 0.0
         self.nulls = nn.Parameter(torch.randn(len(groups), width))
         self.norm = nn.LayerNorm(width)
 
@@ -186,13 +191,19 @@ class ConditionEncoder(nn.Module):
         """
         condition = condition or {}
         total = self.nulls.new_zeros(batch, self.width)
+        dropped = self.drawn(batch, self.dropout)
         for group, null in zip(self.groups, self.nulls, strict=True):
             values = condition.get(group.key)
-            total = total + (null if values is None else self.projected(group, null, values, batch))
+            total = total + (null if values is None else self.projected(group, null, values, dropped))
         return self.norm(total)
 
-    def projected(self, group: Any, null: Tensor, values: Tensor, batch: int) -> Tensor:
-        """A group's part of psi, (B, width) or (1, width): its projection, or its null where it is missing."""
+    def drawn(self, batch: int, probability: float) -> Tensor:
+        """Which of the samples (batch,) training drops; none otherwise."""
+        return torch.rand(batch, device=self.nulls.device) < probability * self.training
+
+    def projected(self, group: Any, null: Tensor, values: Tensor, dropped: Tensor) -> Tensor:
+        """A group's part of psi, (B, width): its projection, or its null where it is missing or dropped."""
+        batch = len(dropped)
         values = values.unsqueeze(1) if values.dim() < group.dims else values
         if values.shape[0] not in (1, batch) or values.shape[1] != group.count:
             raise ConfigError(
@@ -200,9 +211,7 @@ class ConditionEncoder(nn.Module):
                 f"{batch} (or 1) of {group.count}, for {batch} image(s) and the columns that the network was built for"
             )
         missing = group.missing(values)
-        absent = missing.all(1)
-        if self.training:
-            absent = absent | (torch.rand(absent.shape, device=absent.device) < self.dropout)
+        absent = missing.all(1) | dropped | self.drawn(batch, self.group_dropout)
         return torch.where(absent[:, None], null, group(values, missing))
 
 
@@ -277,7 +286,8 @@ class MoPE(nn.Module):
         dynamic: whether there is a dynamic prompt; without it nothing routes.
         mapped: whether there is a mapped prompt.
         psi_width: c, of psi; 768 is that of the paper's text encoder.
-        psi_dropout: modality dropout; see :class:`ConditionEncoder`.
+        psi_dropout: modality dropout of the whole condition; see :class:`ConditionEncoder`.
+        group_dropout: of one group of it.
         query_widths: a and b, how many numbers of the query come from the image and from the condition.
         mapper_width: h, of the mapper's hidden layer.
         seed: of the keys.
@@ -306,6 +316,7 @@ class MoPE(nn.Module):
         mapped: bool = True,
         psi_width: int = 768,
         psi_dropout: float = 0.3,
+        group_dropout: float = 0.1,
         query_widths: tuple[int, int] = (2, 8),
         mapper_width: int = 384,
         seed: int = 0,
@@ -332,7 +343,7 @@ class MoPE(nn.Module):
         self.num_tokens = num_prompts * dynamic + mapped
         self.recording = self.warned = False
         self.last: dict[tuple[int, int], Tensor] = {}
-        self.encoder = ConditionEncoder(schema, psi_width, image_width, psi_dropout)
+        self.encoder = ConditionEncoder(schema, psi_width, image_width, psi_dropout, group_dropout)
         generator = torch.Generator().manual_seed(seed)
         widths = [stream.widths if stream.prompted else () for stream in streams]
         if dynamic:
@@ -416,27 +427,3 @@ class MoPE(nn.Module):
     def routing(self) -> list[RoutingRecord]:
         """How each router spread its weights in the last forward pass; empty unless :attr:`recording` is set."""
         return summed_up(self.gates())
-
-
-def routing_rows(gates: Sequence[Gates], cases: Sequence[str]) -> list[dict[str, Any]]:
-    """Which prompt expert for which case, as the rows of a table.
-
-    Args:
-        gates: of :meth:`MoPE.gates`, with as many weights for each case (slices or windows, one case after the other).
-        cases: their names, in order.
-
-    Returns:
-        rows of "case", "expert", "site" and, for each prompt expert by name, its mean weight in the case.
-
-    Raises:
-        ValueError: where the weights cannot be divided among the cases.
-    """
-    rows: list[dict[str, Any]] = []
-    for gate in gates:
-        if not cases or len(gate.weights) % len(cases):
-            raise ValueError(f"{len(gate.weights)} rows of weights cannot be divided among {len(cases)} case(s)")
-        means = gate.weights.unflatten(0, (len(cases), -1)).mean(1).tolist()
-        for case, mean in zip(cases, means, strict=True):
-            named = dict(zip(gate.candidates, mean, strict=True))
-            rows.append({"case": case, "expert": gate.receiver, "site": gate.site, **named})
-    return rows

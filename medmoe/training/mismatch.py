@@ -58,7 +58,8 @@ def setting_problems(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[
     """
 
     def different(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in here and name in saved and here[name] != saved[name]]
+        shared = [name for name in names if name in here and name in saved]
+        return [name for name in shared if shaping(name, here[name]) != shaping(name, saved[name])]
 
     drawn = "random" in (here.get(f"{name}_weights") for name in EXPERTS)
     wrong = different((*NETWORK_SETTINGS, "seed") if drawn else NETWORK_SETTINGS)
@@ -67,6 +68,13 @@ def setting_problems(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[
     lines = [f"{name} is {here[name]!r} here and {saved[name]!r} in the checkpoint" for name in wrong]
     overrides = " ".join(override(name, saved[name]) for name in [*wrong, *different(WORTH_COPYING)])
     return [*lines, f"pass {overrides}"]
+
+
+def shaping(name: str, value: Any) -> Any:
+    """What of a setting shapes the network: of tasks all but where their targets are and what their losses weigh."""
+    if name != "tasks" or not value:
+        return value
+    return [{key: part for key, part in task.items() if key not in ("target", "weight")} for task in value]
 
 
 def override(name: str, value: Any) -> str:

@@ -40,11 +40,15 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("dataset_dir", "checkpoint"),
     "inference": ("input", "checkpoint"),
 }
+OPTIONAL: Mapping[str, tuple[str, ...]] = {"inference": ("table", "condition_dir")}
+"""Paths that have to exist where they are given. In training a table counts from the data set's folder."""
 WEIGHTS = tuple(f"{name}_weights" for name in EXPERTS)
 ADVICE: Mapping[str, str] = {
     "dataset_dir": "Give --dataset_dir DIR, or make the demo data: python data_scripts/mni152_tissue.py",
     "checkpoint": "Train first, or give --checkpoint FILE (or the --output_dir of the training run)",
     **{name: "Give a file, 'random', or nothing for the cache" for name in WEIGHTS},
+    "table": "Give a CSV file with a row for each input, or nothing",
+    "condition_dir": "Give a folder with the second images, called like the inputs, or nothing",
     "input": "Give --input with an image, a folder of images or a DICOM series",
 }
 
@@ -72,7 +76,7 @@ def preflight(kind: Kind = "train", paths: Sequence[str] | None = None, known: S
     found += (
         dropped_overrides(parser)
         + problems(settings)
-        + missing_paths(settings, PATHS[kind] if paths is None else paths)
+        + missing_paths(settings, PATHS[kind] if paths is None else paths, (*WEIGHTS, *OPTIONAL.get(kind, ())))
     )
     if found:
         raise ConfigError("\n  - ".join(["the settings will not do; nothing was started:", *found]))
@@ -134,10 +138,15 @@ def dropped_overrides(parser: ConfigParser) -> list[str]:
     return []
 
 
-def missing_paths(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """One line for every path among ``names`` that does not exist, and for an ``output_dir`` that cannot be written."""
+def missing_paths(settings: Mapping[str, Any], names: Sequence[str], optional: Sequence[str] = WEIGHTS) -> list[str]:
+    """One line for every path that does not exist, and for an ``output_dir`` that cannot be written.
+
+    Args:
+        names: of the settings that have to be given.
+        optional: of those that need not be; an expert's weights may also be "random".
+    """
     found, relative = [], False
-    for name in (*names, *(name for name in WEIGHTS if settings.get(name) not in (None, "", "random"))):
+    for name in (*names, *(name for name in optional if settings.get(name) not in (None, "", "random"))):
         value = settings.get(name)
         if value is None:
             found.append(f"{name}: not given. {ADVICE.get(name, '')}".rstrip())

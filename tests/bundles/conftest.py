@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import chdir
 
 import pytest
 from bundle_runs import ROOT
@@ -14,5 +13,6 @@ from bundle_runs import ROOT
 
 @pytest.fixture(scope="module", autouse=True)
 def in_the_repository() -> Iterator[None]:
-    with chdir(ROOT):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         yield

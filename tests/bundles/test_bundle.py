@@ -14,26 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from bundle_runs import (
     BUNDLES,
+    COMPOSED,
     EVALUATE,
     INFERENCE,
     ONE_EXPERT,
-    RANDOM,
     ROOT,
     TRAIN,
     TWO_EXPERTS,
     error_of,
     make,
-    part,
     run,
+    taken,
     write_volumes,
 )
 
 from medmoe.errors import ConfigError
 from medmoe.training.preflight import literal_settings
-from medmoe.training.settings import RULES
+from medmoe.training.settings import RULES, problems
+
+PLAIN = ("spatial_dims", "in_channels", "num_classes", "max_epochs")
+"""What a bundle may say again although the first one says the same."""
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
     settings = set()
-    for path in (TRAIN, EVALUATE, INFERENCE):
-        config = json.loads(path.read_text())
+    for path in (TRAIN, EVALUATE, INFERENCE, *COMPOSED):
+        config = {key: value for key, value in json.loads(path.read_text()).items() if not taken(value)}
         settings |= {key for key, value in config.items() if key in RULES or not _is_built(value)}
-    assert settings - {"bundle_root", "device"} == set(RULES)
+    assert settings - {"bundle_root", "device", "train", "validate", "_desc_"} == set(RULES)
 
 
 def _is_built(value: Any) -> bool:
@@ -56,35 +58,30 @@ def _is_built(value: Any) -> bool:
 def test_overlays_change_nothing_about_the_network() -> None:
     """What an overlay leaves out it shares with the training, so that the two cannot drift apart."""
     training = json.loads(TRAIN.read_text())
-    allowed = {"split", "splits", "feature_cache_gib", "initialize", "run"}
-    for path in (EVALUATE, INFERENCE):
-        assert set(json.loads(path.read_text())) & set(training) <= allowed
+    allowed = {"split", "find_cases", "schema", "feature_cache_gib", "initialize", "run"}
+    assert set(json.loads(EVALUATE.read_text())) & set(training) <= allowed
+    assert set(json.loads(INFERENCE.read_text())) & set(training) <= allowed | {"table"}
 
 
-def test_defaults_agree_with_the_metadata() -> None:
-    config = json.loads(TRAIN.read_text())
-    tensors = json.loads((BUNDLES / "metadata.json").read_text())["network_data_format"]
-    assert tensors["inputs"]["image"]["num_channels"] == config["in_channels"]
-    assert tensors["outputs"]["pred"]["num_channels"] == config["num_classes"]
-    assert len(tensors["outputs"]["pred"]["spatial_shape"]) == config["spatial_dims"]
+@pytest.mark.parametrize("bundle", COMPOSED, ids=lambda path: path.stem)
+def test_a_composed_bundle_has_its_machinery_of_the_first_one(bundle: Path) -> None:
+    """Every key of ``pmoe_seg.json`` is there, as a setting of the bundle's own or as what the first one says."""
+    first, config = json.loads(TRAIN.read_text()), json.loads(bundle.read_text())
+    assert config.pop("_desc_").endswith(".")
+    assert config.keys() == first.keys()
+    for name, value in config.items():
+        source = f"%bundles/pmoe_seg.json::{name}"
+        if name in ("train", "validate"):  # one level down, so that an overlay can replace a part
+            assert value == {child: f"{source}::{child}" for child in first[name]}
+        else:
+            assert value == source or (name in RULES and not taken(value) and value != first[name]) or name in PLAIN
 
 
-def test_the_network_gives_what_the_metadata_say() -> None:
-    """As the model zoo checks every bundle: one tensor, of the channels and type that are written down."""
-    from monai.bundle import verify_net_in_out
-
-    sizes = {"general_size": 28, "medical_size": 64, "decoder_channels": 8}
-    verify_net_in_out(
-        net_id="network_def",
-        config_file=str(TRAIN),
-        meta_file=str(BUNDLES / "metadata.json"),
-        device="cpu",
-        any=17,
-        **RANDOM,
-        **sizes,
-    )
-    network = part(make(**RANDOM, **sizes), "network_def")
-    assert network(torch.rand(2, 1, 19, 23, 3)).shape == (2, 3, 19, 23, 3)
+@pytest.mark.parametrize("bundle", (TRAIN, *COMPOSED), ids=lambda path: path.stem)
+def test_settings_as_shipped_are_in_range(bundle: Path) -> None:
+    settings = literal_settings(make(bundle).parser)
+    assert problems(settings) == []
+    assert set(RULES) & set(json.loads(TRAIN.read_text())) <= set(settings)
 
 
 def test_no_paths_of_one_machine() -> None:
@@ -146,7 +143,6 @@ def test_settings_for_the_record() -> None:
     settings = literal_settings(make(**{**TWO_EXPERTS, "num_labelled": 1}).parser)
     assert settings["num_labelled"] == 1 and settings["roi_size"] == [32, 32, 4]
     assert json.loads(json.dumps(settings)) == settings
-    assert set(RULES) & set(json.loads(TRAIN.read_text())) <= set(settings)
 
 
 def test_the_command_line_fails_fast_with_a_short_message(tmp_path: Path) -> None:

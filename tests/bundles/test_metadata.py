@@ -1,7 +1,7 @@
 # Copyright (c) medmoe contributors
 # SPDX-License-Identifier: Apache-2.0
 
-"""``metadata.json`` against what MONAI's schema of 2024-07-25 requires, without a download; and ``logging.conf``."""
+"""Metadata against what MONAI's schema of 2024-07-25 requires, without a download, and their bundles; logging.conf."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monai.bundle import ConfigWorkflow
+from bundle_runs import BUNDLES, COMPOSED, RANDOM, ROOT, TRAIN, settings_of, write_cases
+from monai.bundle import ConfigWorkflow, verify_net_in_out
 
 import medmoe
+from medmoe.tasks import make_tasks
 
-ROOT = Path(__file__).resolve().parents[2]
-BUNDLES = ROOT / "bundles"
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 TEXTS = ("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description", "authors")
 OPTIONAL_TEXTS = ("name", "data_source", "data_type", "image_classes", "label_classes", "pred_classes", "intended_use")
@@ -28,9 +28,24 @@ TENSOR = {"type": str, "format": str, "num_channels": int, "spatial_shape": list
 Meta = dict[str, Any]
 
 
+FILES = {BUNDLES / "metadata.json": TRAIN, **{bundle.with_suffix(".metadata.json"): bundle for bundle in COMPOSED}}
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.name)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
 @pytest.fixture
-def meta() -> Meta:
-    return json.loads((BUNDLES / "metadata.json").read_text())
+def meta(path: Path) -> Meta:
+    return json.loads(path.read_text())
+
+
+def test_every_bundle_has_metadata() -> None:
+    assert set(FILES) == set(BUNDLES.glob("*metadata.json"))
+    assert {*FILES.values(), BUNDLES / "evaluate.json", BUNDLES / "inference.json"} == {
+        path for path in BUNDLES.glob("*.json") if path not in FILES
+    }
 
 
 def faults(meta: Meta) -> list[str]:
@@ -55,12 +70,12 @@ def test_the_schema_would_accept_the_metadata(meta: Meta) -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
+    "gap",
     ["version", "copyright", "required_packages_version", "network_data_format", "network_data_format.outputs"],
 )
-def test_the_schema_would_refuse_a_gap(meta: Meta, path: str) -> None:
+def test_the_schema_would_refuse_a_gap(meta: Meta, gap: str) -> None:
     broken = deepcopy(meta)
-    *parents, last = path.split(".")
+    *parents, last = gap.split(".")
     place = broken
     for parent in parents:
         place = place[parent]
@@ -101,6 +116,31 @@ def test_channels_are_described(meta: Meta) -> None:
     for tensor in (tensors["inputs"]["image"], tensors["outputs"]["pred"]):
         assert list(tensor["channel_def"]) == [str(index) for index in range(tensor["num_channels"])]
     assert "not for diagnosis" in meta["intended_use"]
+
+
+def test_defaults_agree_with_the_metadata(path: Path, meta: Meta) -> None:
+    """The channels of all dense tasks in a row; those of the image-level ones where there is nothing else."""
+    config = {**settings_of(TRAIN), **settings_of(FILES[path])}
+    tasks = make_tasks(config["tasks"], config["num_classes"])
+    dense = [task for task in tasks if task.dense]
+    image, pred = meta["network_data_format"]["inputs"]["image"], meta["network_data_format"]["outputs"]["pred"]
+    assert image["num_channels"] == config["in_channels"] and len(image["spatial_shape"]) == config["spatial_dims"]
+    assert pred["num_channels"] == sum(task.channels for task in dense or tasks)
+    assert len(pred["spatial_shape"]) == (config["spatial_dims"] if dense else 0)
+    described = "; ".join(pred["channel_def"].values())
+    named = [name for task in (dense or tasks) for name in task.names if config["tasks"]]
+    assert all(name in described for name in named)
+
+
+def test_the_network_gives_what_the_metadata_say(path: Path, tmp_path: Path) -> None:
+    """As the model zoo checks every bundle: one tensor, of the channels and type that are written down."""
+    settings = settings_of(FILES[path])
+    overrides = {**RANDOM, "general_size": 28, "medical_size": 64, "decoder_channels": 8}
+    if settings.get("conditions"):  # what they mean is learned of the data
+        overrides["dataset_dir"] = str(write_cases(tmp_path, settings))
+    verify_net_in_out(
+        net_id="network_def", config_file=str(FILES[path]), meta_file=str(path), device="cpu", any=17, **overrides
+    )
 
 
 @pytest.fixture

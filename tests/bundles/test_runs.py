@@ -22,6 +22,8 @@ from bundle_runs import (
     INFERENCE,
     ONE_EXPERT,
     TRAIN,
+    PowerCut,
+    cut,
     error_of,
     part,
     rows_of,
@@ -29,12 +31,11 @@ from bundle_runs import (
     write_pictures,
     write_volumes,
 )
-from ignite.engine import Engine, Events
 from mlflow import MlflowClient
 from PIL import Image
 
 from medmoe.data import load_cases
-from medmoe.errors import CheckpointError, DataError, MedMoEError
+from medmoe.errors import CheckpointError, DataError
 from medmoe.inference.predict import predict
 from medmoe.training.checkpoint import LAST, read_checkpoint, read_metadata
 from medmoe.training.handlers import read_rows
@@ -103,7 +104,8 @@ def trained_on_pictures(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_leaves_its_record(trained: Run) -> None:
     names = {path.name for path in trained.folder.iterdir()}
-    assert names >= {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json", "splits.json", "routing_pmoe.png"}
+    assert names >= {"best.safetensors", "last.safetensors", "metrics.jsonl", "run.json", "splits.json"}
+    assert names >= {"routing_pmoe.png", "routing_curves.png", "overlays"}
     record = json.loads((trained.folder / "run.json").read_text())
     assert {name: record["settings"][name] for name in trained.settings} == trained.settings
     assert {name: split["cases"] for name, split in record["data"].items()} == {"train": 3, "validation": 2, "test": 2}
@@ -307,20 +309,6 @@ def test_an_input_that_is_missing_or_not_given_is_named(trained: Run) -> None:
     assert "input: not given. Give --input" in error_of(TRAIN, INFERENCE, kind="infer", **trained.settings)
     message = error_of(TRAIN, INFERENCE, kind="infer", **trained.settings, input="nowhere.nii.gz")
     assert "input: there is no 'nowhere.nii.gz'" in message and "dataset_dir" not in message
-
-
-class PowerCut(MedMoEError):
-    """What ends a training in these tests."""
-
-
-def cut(step: int) -> Callable[[Any], None]:
-    """Ends a training before ``step``, as no handler expects it."""
-
-    def fail(engine: Engine) -> None:
-        raise PowerCut
-
-    event = Events.ITERATION_STARTED(once=step)
-    return lambda workflow: part(workflow, "train::trainer").add_event_handler(event, fail)
 
 
 def test_a_training_that_was_cut_off_is_failed_and_resumes_to_the_same_losses(

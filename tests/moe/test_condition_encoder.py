@@ -105,9 +105,9 @@ def test_scale_of_a_frozen_encoder_does_not_matter() -> None:
 
 
 def test_modality_dropout_drops_groups_in_training_only() -> None:
-    """Each group by itself with probability p: all four at p^4; 5 standard errors of 4000 samples."""
-    count, p = 4000, 0.3
-    encoder = ConditionEncoder(SCHEMA, PSI, IMAGE, dropout=p)
+    """The whole condition with probability p, else each of four groups with q; 5 standard errors of 4000 samples."""
+    count, p, q = 4000, 0.3, 0.2
+    encoder = ConditionEncoder(SCHEMA, PSI, IMAGE, dropout=p, group_dropout=q)
     one = full_condition(1)
     condition = {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
     null, full = encoder.eval()(None, 1), encoder(one, 1)
@@ -118,7 +118,12 @@ def test_modality_dropout_drops_groups_in_training_only() -> None:
         return (seen - psi).abs().amax(1).lt(1e-4).float().mean().item()
 
     without_text = encoder.eval()({name: value for name, value in one.items() if name != "text"}, 1)
-    for psi, expected in ((null, p**4), (full, (1 - p) ** 4), (without_text, p * (1 - p) ** 3)):
+    whole = 1 - p
+    for psi, expected in (
+        (null, p + whole * q**4),
+        (full, whole * (1 - q) ** 4),
+        (without_text, whole * q * (1 - q) ** 3),
+    ):
         assert share(psi) == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / count))
 
 

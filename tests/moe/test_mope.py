@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medmoe.conditions import Schema
 from medmoe.errors import ConfigError
-from medmoe.moe.mope import ROUTERS, MoPE, routing_rows
+from medmoe.moe.mope import ROUTERS, MoPE
 from medmoe.moe.pmoe import Stream
 from tests.moe.small_mope import (
     BATCH,
@@ -322,14 +322,6 @@ def test_records_and_rows() -> None:
     records = model.routing()
     assert len(records) == 6 and all(r.router == "mope" and 0 <= r.entropy <= 1 for r in records)
     assert all(sum(r.usage.values()) == pytest.approx(1, abs=1e-5) for r in records)
-
-    rows = routing_rows(gates, ["a", "b"])
-    assert len(rows) == 12
-    assert (rows[1]["case"], rows[1]["expert"], rows[1]["site"]) == ("b", "first", 0)
-    mean = weights[0, 0][2:].mean(0).tolist()
-    assert [rows[1][name] for name in gates[0].candidates] == pytest.approx(mean, abs=1e-6)
-    with pytest.raises(ValueError, match="4 rows of weights cannot be divided among 3"):
-        routing_rows(gates, ["a", "b", "c"])
 
 
 # Errors
