@@ -14,6 +14,8 @@ from medmoe.errors import ConfigError, one_of
 
 KINDS = ("classes", "labels", "boundary", "distance", "image")
 DERIVED = ("boundary", "distance")
+RESERVED = ("image", "case", "split", "condition", "pred", "labelled")
+"""What else a sample holds."""
 UNLABELLED = 255
 """In a mask: nobody has said what is here. Such voxels neither train nor count. In an image-level target it is -1, in a
 signed distance NaN."""
@@ -128,8 +130,8 @@ def _own(entry: Mapping[str, Any]) -> list[str]:
     """What is wrong with one entry by itself."""
     found = []
     name = entry.get("name")
-    if not isinstance(name, str) or not name.isidentifier() or name in ("image", "case", "condition", "pred"):
-        found.append("name must be a word of letters, digits and _, and none of image, case, condition, pred")
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        found.append(f"name must be a word of letters, digits and _, and none of {', '.join(RESERVED)}")
     unknown = set(entry) - {"name", "kind", "names", "target", "of", "weight"}
     if unknown:
         found.append(f"unknown {', '.join(sorted(unknown))}: it may have name, kind, names, target, of, weight")

@@ -130,14 +130,15 @@ class Head(nn.Module):
         self.stem = None
         if stem:
             self.stem = nn.Sequential(block(spatial_dims, in_channels, stem), block(spatial_dims, stem, stem))
-        self.tasks = nn.ModuleDict({t.name: Output(channels, stem, t.channels, spatial_dims) for t in tasks})
+        # With a prefix, for a module cannot be called "type" or "train".
+        self.tasks = nn.ModuleDict({f"task_{t.name}": Output(channels, stem, t.channels, spatial_dims) for t in tasks})
 
     def forward(self, features: Tensor, image: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features (B, channels, h, w[, d]) and image (B, C, H, W[, D]) -> logits of each task, and losses."""
         refined, auxiliary = self.refine(features)
         stem = None if self.stem is None else self.stem(image)
-        outputs = {name: task(refined[name], stem, image.shape[2:]) for name, task in self.tasks.items()}
-        return outputs, auxiliary
+        size = image.shape[2:]
+        return {n: self.tasks[f"task_{n}"](x, stem, size) for n, x in refined.items()}, auxiliary
 
 
 class FusionDecoder(nn.Module):
@@ -230,7 +231,7 @@ class ImageHead(nn.Module):
     def __init__(self, widths: Sequence[int], tasks: Sequence[Task]) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.tasks = nn.ModuleDict({task.name: nn.Linear(sum(widths), task.channels) for task in tasks})
+        self.tasks = nn.ModuleDict({f"task_{t.name}": nn.Linear(sum(widths), t.channels) for t in tasks})
 
     def forward(self, maps: Sequence[Tensor], batch: int) -> dict[str, Tensor]:
         """Logits (B, C_t) of each task from the experts' last maps (B * D, C, h, w); slices are averaged."""
@@ -238,7 +239,7 @@ class ImageHead(nn.Module):
             norm(x.permute(0, 2, 3, 1)).mean((1, 2)).unflatten(0, (batch, -1)).mean(1)
             for norm, x in zip(self.norms, maps, strict=True)
         ]
-        return {name: task(torch.cat(pooled, 1)) for name, task in self.tasks.items()}
+        return {name.removeprefix("task_"): task(torch.cat(pooled, 1)) for name, task in self.tasks.items()}
 
 
 def mean_of(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ class Expert(nn.Module, ABC):
         level_widths: channels of those maps.
         adapter_targets: names of the linear layers where adapters such as LoRA usually go.
         stages: runs of layers of one width on one grid, in order.
+        channels: which channels of an image it sees, for images with more than three.
         after: what an adapter does behind the layers: a module of (layer index, patches (B, D, h, w)), or ``None``.
     """
 
@@ -64,6 +65,7 @@ class Expert(nn.Module, ABC):
     level_widths: tuple[int, ...]
     adapter_targets: ClassVar[tuple[str, ...]] = ("qkv",)
     stages: tuple[range, ...]
+    channels: Sequence[int] | None = None
     after: Any
 
     def __init__(self) -> None:

@@ -88,7 +88,8 @@ class ExpertNetwork(ExpertTrunk):
         self.image_head = ImageHead([e.level_widths[-1] for e in experts], image_tasks) if image_tasks else None
         self.log_variances: nn.ParameterDict | None = None
         if one_of("task_weighting", task_weighting, WEIGHTINGS) == "uncertainty":
-            self.log_variances = nn.ParameterDict({t.name: nn.Parameter(torch.zeros(())) for t in self.tasks})
+            trained = [task for task in self.tasks if task.weight]
+            self.log_variances = nn.ParameterDict({f"task_{t.name}": nn.Parameter(torch.zeros(())) for t in trained})
 
     @property
     def dense(self) -> list[Task]:
@@ -142,7 +143,8 @@ class ExpertNetwork(ExpertTrunk):
                 decoded = self.maybe_again(self.decoder, full, image.float())
             outputs, expert_outputs = {**decoded.outputs, **outputs}, decoded.expert_outputs
             auxiliary = {**auxiliary, **decoded.auxiliary}
-        return Parts(outputs, expert_outputs, auxiliary, dict(self.log_variances or {}))
+        learned = {name.removeprefix("task_"): s for name, s in (self.log_variances or {}).items()}
+        return Parts(outputs, expert_outputs, auxiliary, learned)
 
     def decode_image(self, maps: Sequence[Sequence[Tensor]], image: Tensor) -> dict[str, Tensor]:
         """Logits (B, C_t) of the image-level tasks from the experts' maps."""

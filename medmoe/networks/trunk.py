@@ -22,6 +22,7 @@ from medmoe.networks.cache import FeatureCache, stack_maps
 from medmoe.networks.precision import autocast
 
 CONTEXT_SIDE = 4
+CONDITION_CACHE_BYTES = 2**26
 CONDITIONINGS = ("dispatched", "appended")
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ class ExpertTrunk(nn.Module):
         self.conditioning = one_of("conditioning", conditioning, CONDITIONINGS)
         self.condition_expert = condition_expert
         self.caches = [FeatureCache(0 if live else cache_bytes) for live in self.live]
-        self.condition_cache = FeatureCache(cache_bytes)
+        # A few kilobytes an image, and asked for again by every window of a case.
+        self.condition_cache = FeatureCache(CONDITION_CACHE_BYTES)
 
     def lay_out_sites(self, num_sites: int | None, site_range: tuple[int, int] | None) -> None:
         """Decides which layers of each expert belong to which site."""
@@ -206,7 +208,7 @@ class ExpertTrunk(nn.Module):
         if self.conditioner is None:
             return None
         given = dict(condition or {})
-        batch = len(next(iter(given.values()))) if given else count
+        batch = max((len(value) for value in given.values()), default=count)
         if "image" in given:
             given["image_features"] = self.pooled_features(given.pop("image"))
         psi = self.conditioner.encode(given or None, batch)
@@ -341,7 +343,7 @@ class ExpertTrunk(nn.Module):
 
 @contextmanager
 def as_pretrained(expert: Expert) -> Iterator[None]:
-    """Within it, ``expert`` runs without its adapters: LoRA's layers are switched off, what is behind layers is off."""
+    """Within it, ``expert`` runs as it came: no LoRA, nothing behind its layers, no choice of channels."""
 
     def switch(on: bool) -> None:
         for part in expert.modules():
@@ -349,13 +351,17 @@ def as_pretrained(expert: Expert) -> Iterator[None]:
             if enable is not None:
                 enable(on)
 
-    after, expert.after = expert.after, None
-    switch(False)
+    after, channels = expert.after, expert.channels
+    trains = [(p, p.requires_grad) for p in expert.parameters()]
     try:
+        expert.after, expert.channels = None, None  # the channels chosen for the image say nothing of another one
+        switch(False)
         yield
     finally:
-        expert.after = after
+        expert.after, expert.channels = after, channels
         switch(True)
+        for p, flag in trains:  # peft's switch turns gradients on as well
+            p.requires_grad_(flag)
 
 
 def joined(prompts: Tensor | None, conditions: Tensor | None) -> Tensor | None:

@@ -257,6 +257,29 @@ def test_the_second_image_is_seen_by_the_untouched_expert() -> None:
     assert not [name for name, p in net.named_parameters() if "lora_" in name and not p.requires_grad]
 
 
+@pytest.mark.parametrize("name", ["type", "keys", "values", "train"])
+def test_a_task_may_be_called_anything(name: str) -> None:
+    tasks = [Task(name, "classes", ("background", "core")), Task(f"{name}s", "image", ("no", "yes"))]
+    net = network(FULL, tasks=tasks, task_weighting="uncertainty")
+    parts = net.parts(torch.rand(1, 1, 32, 32))
+    assert set(parts.outputs) == set(parts.log_variances) == {name, f"{name}s"}
+
+
+def test_looking_at_the_second_image_trains_nothing() -> None:
+    net = network(FULL)
+    net.experts[0].requires_grad_(False)
+    net.pooled_features(torch.rand(1, 1, 24, 24))
+    assert not any(p.requires_grad for p in net.experts[0].parameters())
+
+
+def test_the_second_image_has_channels_of_its_own() -> None:
+    """Which channels of the image an expert sees says nothing of the second image."""
+    net = network(FULL, in_channels=5)
+    for expert in net.experts:
+        expert.channels = [4, 0, 1]
+    assert net(torch.rand(1, 5, 32, 32), condition(1)).isfinite().all() and net.experts[0].channels == [4, 0, 1]
+
+
 def test_forward_is_one_tensor_and_splits_back() -> None:
     net = network(FULL).eval()
     image = torch.rand(1, 1, 32, 32)
@@ -273,3 +296,6 @@ def test_uncertainty_weighting_learns_a_scalar_for_each_task() -> None:
     parts = network(FULL, task_weighting="uncertainty").parts(torch.rand(1, 1, 32, 32))
     assert set(parts.log_variances) == {task.name for task in TASKS}
     assert not network(FULL).parts(torch.rand(1, 1, 32, 32)).log_variances
+    unweighted = [*TASKS[:3], Task("finding", "image", ("none", "nodule"), weight=0)]
+    parts = network(FULL, tasks=unweighted, task_weighting="uncertainty").parts(torch.rand(1, 1, 32, 32))
+    assert "finding" in parts.outputs and "finding" not in parts.log_variances
