@@ -43,6 +43,14 @@ class Comparison(NamedTuple):
     reference: str
 
 
+MAIN_METRICS = {
+    "organs": "val_organs_mean_dice",
+    "edges": "val_edges_mean_f1",
+    "distances": "val_distances_mean_mae",
+    "nodule": "val_nodule_cross_entropy",
+}
+LOWER_IS_BETTER = ("val_distances_mean_mae", "val_nodule_cross_entropy")
+
 COMPARISONS = {
     "multitask": Comparison(
         "pmoe_multitask",
@@ -186,7 +194,48 @@ def report(name: str, results: list[dict[str, Any]]) -> str:
         trains = runs[0]["parameters"]["trainable"] / 1e6
         seconds = np.median([r["seconds"] for r in runs])
         lines.append(f"| {variant} | {len(runs)} | {trains:.2f} | {' | '.join(cells)} | {gap} | {seconds:.0f} |")
+    lines += gain_lines(name, results) + routing_lines([r for r in results if r["variant"] == comparison.reference])
     return "\n".join(lines) + "\n"
+
+
+def gain_lines(name: str, results: list[dict[str, Any]]) -> list[str]:
+    """The multi-task gain of every variant with all tasks, against the runs of one task each."""
+    from medmoe.inference.task_metrics import multi_task_gain
+
+    if name != "multitask":
+        return []
+    means = {(r["variant"], r["seed"]): r["cases"]["mean"] for r in results}
+    lines = ["", "| variant | multi-task gain, % |", "|---|---|"]
+    for variant in COMPARISONS[name].variants:
+        gains = []
+        for (other, seed), multi in means.items():
+            single = {m: means.get((f"{t} alone", seed), {}).get(m) for t, m in MAIN_METRICS.items()}
+            own = {m: multi.get(m) for m in single}
+            if other == variant and not any(v is None for v in [*single.values(), *own.values()]):
+                gains.append(multi_task_gain(own, single, LOWER_IS_BETTER))
+        if gains:
+            lines.append(f"| {variant} | {100 * float(np.mean(gains)):+.1f} |")
+    return lines
+
+
+def routing_lines(results: list[dict[str, Any]]) -> list[str]:
+    """Of each method's routers the mean entropy after the first and the last epoch, and the largest share of one."""
+    if not results or not results[0].get("routing"):
+        return []
+    lines = [
+        "",
+        "| router | entropy, first epoch | last epoch | largest share of one candidate, last epoch |",
+        "|---|---|---|---|",
+    ]
+    epochs = list(results[0]["routing"].values())
+    for router in sorted({metric.split("/")[1] for metric in epochs[0]}):
+        own = [
+            {m: v for m, v in epoch.items() if m.startswith(f"routing/{router}/")} for epoch in (epochs[0], epochs[-1])
+        ]
+        first, last = (np.mean([v for m, v in epoch.items() if m.endswith("/entropy")]) for epoch in own)
+        largest = max(v for m, v in own[1].items() if "/usage/" in m)
+        lines.append(f"| {router} | {first:.2f} | {last:.2f} | {largest:.2f} |")
+    return lines
 
 
 def main() -> None:

@@ -46,6 +46,10 @@ ConditionDir = Annotated[
     Path | None, typer.Option("--condition-dir", help="For a network with conditions: second images of the same names.")
 ]
 
+TextEncoder = Annotated[
+    str | None, typer.Option("--text-encoder", help="Where the text encoder of the training is now, if it has moved.")
+]
+
 
 @experts.command("list")
 def list_experts() -> None:
@@ -147,25 +151,28 @@ def check_data(
 @app.command("predict")
 def predict_masks(
     input: Images,
-    output: Annotated[Path, typer.Argument(help="Folder for the masks, one for each image, on the image's own grid.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the masks, on each image's own grid.")],
     checkpoint: Checkpoint,
     table: ConditionTable = None,
     condition_dir: ConditionDir = None,
+    text_encoder: TextEncoder = None,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="For pictures: also writes them with the classes in color over them.")
     ] = False,
 ) -> None:
-    """Writes a mask for every image."""
+    """Writes the masks of every image, and a table of what is said of whole images."""
     from medmoe.inference.predict import predict
 
-    masks = predict(input, output, checkpoint, overlay=overlay, **conditions(table, condition_dir))
-    typer.echo(f"{len(masks)} mask{'' if len(masks) == 1 else 's'} in {output}")
+    known = conditions(table, condition_dir, text_encoder)
+    files = predict(input, output, checkpoint, overlay=overlay, **known)
+    typer.echo(f"{len(files)} file{'' if len(files) == 1 else 's'} in {output}")
 
 
-def conditions(table: Path | None, folder: Path | None) -> dict[str, Any]:
+def conditions(table: Path | None, folder: Path | None, text_encoder: str | None) -> dict[str, Any]:
     """What is known of the conditions, as settings of the inference bundle."""
-    given = {"table": table, "condition_dir": folder}
-    return {name: str(path.absolute()) for name, path in given.items() if path is not None}
+    paths = {"table": table, "condition_dir": folder}
+    given = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
+    return given if text_encoder is None else {**given, "text_encoder": text_encoder}
 
 
 @app.command("explain")
@@ -175,11 +182,12 @@ def explain_routing(
     checkpoint: Checkpoint,
     table: ConditionTable = None,
     condition_dir: ConditionDir = None,
+    text_encoder: TextEncoder = None,
 ) -> None:
     """Draws how the routers (pMoE, MoPE, AdaRoute, FGMoE) of a trained network treated every image."""
     from medmoe.inference.explain import explain
 
-    files = explain(input, output, checkpoint, **conditions(table, condition_dir))
+    files = explain(input, output, checkpoint, **conditions(table, condition_dir, text_encoder))
     typer.echo(f"{len(files) - 1} pictures, and all shares in {files[-1]}")
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KINDS = ("number", "category", "text", "image")
@@ -38,15 +38,18 @@ class Schema:
 
     Attributes:
         columns: at least one; at most one of them is an image.
-        text_encoder: of texts, a name or path that ``transformers`` knows.
+        text_encoder: of texts, a name or path that ``transformers`` knows. It is not compared: it says where the
+            encoder is, and another machine may have it elsewhere.
         text_width: of its embeddings.
-        image_channels: of the second modality.
+        image_channels: of the second modality, 1 to 3.
+        text_sha256: over the encoder's weights, see :func:`medmoe.experts.weights.checksum`; empty without texts.
     """
 
     columns: tuple[Column, ...]
-    text_encoder: str = ""
+    text_encoder: str = field(default="", compare=False)
     text_width: int = 0
     image_channels: int = 1
+    text_sha256: str = ""
 
     def of_kind(self, kind: str) -> tuple[Column, ...]:
         """The columns of one kind, in order."""
@@ -60,4 +63,4 @@ class Schema:
     def from_json(cls, content: Mapping[str, Any]) -> Schema:
         """The inverse of :meth:`to_json`."""
         columns = tuple(Column(**{**column, "values": tuple(column["values"])}) for column in content["columns"])
-        return cls(columns, content["text_encoder"], content["text_width"], content["image_channels"])
+        return cls(**{**content, "columns": columns})

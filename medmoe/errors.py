@@ -8,7 +8,11 @@ A message says what was found, what was expected, where, and what to do about it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+Rule = Callable[[object], str]
+"""Says what a value should have been, or nothing where it is good."""
 
 
 class MedMoEError(Exception):
@@ -40,6 +44,45 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}")
     return value
+
+
+def number(least: float | None = None, above: float | None = None, below: float = math.inf) -> Rule:
+    """A finite number: at least ``least``, above ``above``, below ``below``."""
+    bounds = {"of at least": least, "above": above, "below": None if below == math.inf else below}
+    words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+    expected = f"a number {' and '.join(words)}" if words else "a finite number"
+
+    def rule(value: object) -> str:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < below
+        good = good and (least is None or value >= least) and (above is None or value > above)  # type: ignore[operator]
+        return "" if good else expected
+
+    return rule
+
+
+def whole(least: int, most: int | None = None, why: str = "") -> Rule:
+    """A whole number from ``least`` to ``most``, and why."""
+    expected = "a whole number " + (f"of at least {least}" if most is None else f"from {least} to {most}")
+    expected += why and f", {why}"
+
+    def rule(value: object) -> str:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return "" if good and (most is None or value <= most) else expected  # type: ignore[operator]
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """``None``, or what ``rule`` wants."""
+    return lambda value: "" if value is None else rule(value)
+
+
+def check_settings(settings: Mapping[str, tuple[object, Rule]]) -> None:
+    """Raises one ConfigError for all of the settings, by name, whose value does not fit its rule."""
+    found = {name: (value, rule(value)) for name, (value, rule) in settings.items()}
+    problems = [f"{name}={value!r}: expected {expected}" for name, (value, expected) in found.items() if expected]
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def one_line(error: BaseException) -> str:

@@ -160,8 +160,8 @@ def test_predict_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(predict, "predict", noted)
     image, output, checkpoint = tmp_path / "a.nii.gz", tmp_path / "masks", tmp_path / "best.safetensors"
     arguments = ["predict", str(image), str(output), "--checkpoint", str(checkpoint)]
-    assert run(*arguments).strip() == f"1 mask in {output}"
-    assert run(*arguments, "--overlay").strip() == f"2 masks in {output}"
+    assert run(*arguments).strip() == f"1 file in {output}"
+    assert run(*arguments, "--overlay").strip() == f"2 files in {output}"
     assert run(*arguments, "--table", str(tmp_path / "a.csv"), "--condition_dir", str(tmp_path))
     known = {"table": str(tmp_path / "a.csv"), "condition_dir": str(tmp_path)}
     given = (image, output, checkpoint)

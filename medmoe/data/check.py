@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe.conditions import Schema
-from medmoe.data.conditions import is_number
+from medmoe.data.conditions import is_number, never_seen
 from medmoe.data.datalist import NIFTI_SUFFIXES, Case, is_plain, suffix_of
 from medmoe.data.datalist import class_names as names_of_classes
 from medmoe.data.reading import SAME_PLACE, distance_in_voxels, header_findings, reader_for
@@ -115,6 +115,9 @@ def check_cases(
     where a number belongs, or images of another kind. A class that no training case has is a warning, and so is a
     category that only cases outside the training split have.
 
+    Where there is no threshold, 255 in a mask of classes means that a voxel is not labelled, and a warning says how
+    many cases have such voxels. Where the training cases have 255 and no class at all they are masks: a problem.
+
     Args:
         splits: cases by split, from :func:`medmoe.data.datalists`.
         num_classes: of plain segmentation.
@@ -139,22 +142,35 @@ def check_cases(
     report = Report(str(dataset_dir), sum(sizes.values()), sizes=sizes)
     report.problems += [f"split {name!r} has no cases" for name in ("train", "validation") if not splits.get(name)]
     seen: Counter[tuple[str, int]] = Counter()
+    partly: Counter[str] = Counter()
     with Progress("checking cases", report.num_cases) as progress:
         for split, cases in splits.items():
             for case in cases:
                 present = _check_case(case, expected, report)
                 seen.update(present if split == "train" else ())
+                partly.update(task.name for task in own if task.dense and (task.name, UNLABELLED) in present)
                 progress.advance(note=case["case"])
     for task in own:
-        _count_classes(task, seen, expected, report, splits.get("train", ()))
-    report.warnings += _new_categories(splits, schema)
+        _count_classes(task, seen, partly[task.name], expected, report, splits.get("train", ()))
+    report.warnings += never_seen(schema, [case.get("condition", {}) for cases in splits.values() for case in cases])
     return report
 
 
 def _count_classes(
-    task: Task, seen: Mapping[tuple[str, int], int], expected: Expected, report: Report, cases: Sequence[Case]
+    task: Task,
+    seen: Mapping[tuple[str, int], int],
+    partly: int,
+    expected: Expected,
+    report: Report,
+    cases: Sequence[Case],
 ) -> None:
-    """Adds to the report in how many training cases each class of a task occurs, and what that means."""
+    """Adds to the report in how many training cases each class of a task occurs, and what that means.
+
+    Args:
+        seen: training cases by task and class.
+        partly: cases of all splits that have voxels that are not labelled.
+        cases: for training.
+    """
     counts = {name: seen.get((task.name, index), 0) for index, name in enumerate(task.names)}
     report.classes |= {name if expected.plain else f"{task.name}: {name}": count for name, count in counts.items()}
     if not cases:
@@ -164,28 +180,21 @@ def _count_classes(
         return
     background = int(task.kind == "classes")
     absent = [(index, name) for index, name in enumerate(task.names) if index >= background and not counts[name]]
-    if background and len(absent) == len(task.names) - 1 and seen.get((task.name, UNLABELLED)) and not expected.plain:
+    what = task.name if expected.plain else f"task {task.name}"
+    if background and len(absent) == len(task.names) - 1 and seen.get((task.name, UNLABELLED)):
         report.problems.append(
-            f"task {task.name}: no training case has any of its classes, but {UNLABELLED}, which means not labelled; "
+            f"{what}: no training case has any of its classes, but {UNLABELLED}, which means not labelled; "
             "pass --label_threshold 127 if these are masks"
         )
         return
+    if partly:
+        report.warnings.append(
+            f"{what}: {partly} of {report.num_cases} cases have the value {UNLABELLED}: such voxels are not labelled, "
+            "they neither train nor count"
+        )
     where = f"occurs in none of the {len(cases)} training cases"
-    start = "" if expected.plain else f"task {task.name}: "
+    start = "" if expected.plain else f"{what}: "
     report.warnings += [f"{start}class {index} ({name}) {where}" for index, name in absent]
-
-
-def _new_categories(splits: Mapping[str, Sequence[Case]], schema: Schema | None) -> list[str]:
-    """Categories of other cases that the training cases do not have."""
-    found = []
-    for column in schema.of_kind("category") if schema else ():
-        values = [case.get("condition", {}).get(column.name) for cases in splits.values() for case in cases]
-        new = Counter(value for value in values if value is not None and value not in column.values)
-        found += [
-            f"condition {column.name}: {value!r}, in {count} cases, was never seen in training: it counts as missing"
-            for value, count in new.items()
-        ]
-    return found
 
 
 def _check_case(case: Case, expected: Expected, report: Report) -> set[tuple[str, int]]:
@@ -323,7 +332,7 @@ def _label_problems(label: Content, image: Content | None, expected: Expected, t
     if not _finite(label.array):
         yield f"{np.count_nonzero(~np.isfinite(label.array))} voxels are NaN or infinite"
     elif expected.label_threshold is None and task.kind == "classes":
-        array = label.array if expected.plain else label.array[label.array != UNLABELLED]
+        array = label.array[label.array != UNLABELLED]
         yield from _value_problems(array, task, expected.plain) if array.size else ()
 
 

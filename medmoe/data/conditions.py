@@ -9,11 +9,10 @@ category. A missing value is NaN (number, text, image) or index 0 (category); th
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,16 @@ import numpy.typing as npt
 from medmoe.conditions import KINDS, Column, Schema
 from medmoe.data.datalist import Case
 from medmoe.data.reading import load
+from medmoe.data.text import encoder_of
 from medmoe.data.text import text_encoder as load_text_encoder
 from medmoe.errors import ConfigError, DataError, some
 
-logger = logging.getLogger(__name__)
-
 MOST_CATEGORIES = 50
 """A category with more values in the training cases looks like an identifier."""
+FEW_CATEGORIES = 10
+"""So does one with more values than this, where there are more than half as many as cases that have one."""
+MOST_CHANNELS = 3
+"""Channels of a second image that an expert sees."""
 
 
 def condition_problems(specs: Any, text_encoder: str | None = None) -> list[str]:
@@ -82,11 +84,13 @@ def fit(specs: Sequence[Mapping[str, Any]], cases: Sequence[Case], text_encoder:
             columns.append(_column(name, kind, list(values.values())))
     if problems:
         raise DataError("\n  - ".join(["conditions cannot be learned of the training cases:", *problems]))
-    texts = any(column.kind == "text" for column in columns)
-    encoder, width = (text_encoder, load_text_encoder(text_encoder).width) if texts and text_encoder else ("", 0)
     images = [column.name for column in columns if column.kind == "image"]
     files = [case["condition"][name] for name in images for case in cases if case["condition"].get(name)]
-    return Schema(tuple(columns), encoder, width, load(files[0]).shape[0] if files else 1)
+    schema = Schema(tuple(columns), image_channels=_channels(files[0]) if files else 1)
+    if not schema.of_kind("text") or not text_encoder:
+        return schema
+    encoder = load_text_encoder(text_encoder)
+    return replace(schema, text_encoder=text_encoder, text_width=encoder.width, text_sha256=encoder.sha256)
 
 
 def _column_problem(name: str, kind: str, values: Mapping[str, Any], count: int) -> str:
@@ -94,7 +98,9 @@ def _column_problem(name: str, kind: str, values: Mapping[str, Any], count: int)
     if not values:
         return f"{name}: none of the {count} training cases has a value"
     if kind == "image":
-        return ""
+        channels = _channels(next(iter(values.values())))
+        seen = f"the image of case {next(iter(values))} has {channels} channels, an expert sees {MOST_CHANNELS}"
+        return f"{name}: {seen}: choose up to {MOST_CHANNELS} of them" if channels > MOST_CHANNELS else ""
     different = sorted(set(values.values()))
     if kind == "number":
         wrong = {case: value for case, value in values.items() if not is_number(value)}
@@ -102,14 +108,21 @@ def _column_problem(name: str, kind: str, values: Mapping[str, Any], count: int)
             case, value = next(iter(wrong.items()))
             more = f" ({len(wrong)} cases in all)" if len(wrong) > 1 else ""
             return f"{name}: kind is number, but case {case} has {value!r}{more}: correct it, or declare a category"
-        different = sorted({f"{float(value):g}" for value in values.values()})
+        different = [repr(number).removesuffix(".0") for number in sorted({float(value) for value in values.values()})]
     if len(different) == 1:
         same = f"it is {different[0]!r} in all of the {len(values)} training cases that have it"
         return f"{name}: {same}, expected at least two different values: leave it out"
-    if kind == "category" and len(different) > MOST_CATEGORIES:
-        shown = some(different, 3)
-        return f"{name}: a category with {len(different)} values ({shown}) looks like an identifier; leave it out"
+    most = min(MOST_CATEGORIES, max(FEW_CATEGORIES, len(values) // 2))
+    if kind == "category" and len(different) > most:  # the values stay untold: they may be private
+        return (
+            f"{name}: a category with {len(different)} values in {len(values)} cases looks like an identifier, and its "
+            "values would be written into checkpoints and records: leave it out"
+        )
     return ""
+
+
+def _channels(files: str | Sequence[str]) -> int:
+    return int(load(files).shape[0])
 
 
 def is_number(text: str) -> bool:
@@ -160,51 +173,59 @@ def _standardised(column: Column, text: str | None) -> float:
 
 
 def _index(column: Column, text: str | None) -> int:
-    if text is None:
-        return 0
-    if text not in column.values:
-        _warn_of_new(column.name, text, column.values)
-        return 0
-    return 1 + column.values.index(text)
+    return 1 + column.values.index(text) if text in column.values else 0
 
 
-@functools.cache  # one warning for each value, however many cases and epochs there are
-def _warn_of_new(name: str, text: str, values: tuple[str, ...]) -> None:
-    known = some(values, 8)
-    logger.warning("condition %s: %r was never seen in training (%s): it counts as missing", name, text, known)
+def never_seen(schema: Schema | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each category of which some rows, raw values by column, have a value that no training case had.
+
+    The values themselves stay untold: they may be private.
+    """
+    lines = []
+    for column in schema.of_kind("category") if schema else ():
+        count = sum(row.get(column.name) not in (None, *column.values) for row in rows)
+        if count:
+            where = f"in {count} of {len(rows)} cases"
+            lines.append(f"condition {column.name}: {where} the value was never seen in training: it counts as missing")
+    return lines
 
 
 def _embedded(schema: Schema, text: str | None) -> npt.NDArray[np.float32]:
     if text is None:
         return np.full(schema.text_width, np.nan, dtype=np.float32)
-    return load_text_encoder(schema.text_encoder).embed(text)
+    return encoder_of(schema).embed(text)
 
 
 def control(
     splits: Mapping[str, Sequence[Case]],
     shuffle: bool = False,
     missing: float = 0.0,
-    missing_train: float = 0.0,
     seed: int = 0,
 ) -> dict[str, list[Case]]:
     """The splits with conditions that say less, to find out what conditions are worth.
 
     Args:
-        shuffle: within each split, every case gets the conditions of another one.
+        shuffle: within each split, every case gets the conditions of another one. It is by case, not by value: the
+            other case may have the same sex, or be another image of the same patient.
         missing: share of the cases of every split but "train" that lose all conditions. The choice depends on ``seed``
             and the names of the cases alone; those of a smaller share are among those of a larger one.
-        missing_train: the same share of "train".
         seed: of both choices.
 
     Raises:
-        ConfigError: there are no conditions to change.
+        ConfigError: there are no conditions to change, or a single case to shuffle.
     """
-    if (shuffle or missing or missing_train) and not all("condition" in c for cases in splits.values() for c in cases):
+    if (shuffle or missing) and not all("condition" in case for cases in splits.values() for case in cases):
         raise ConfigError("conditions are to be shuffled or left out, but there are none: set conditions")
+    single = [split for split, cases in splits.items() if len(cases) == 1]
+    if shuffle and single:
+        raise ConfigError(
+            f"conditions are to be shuffled between the cases of each split, but {some(single)} has one case: it would "
+            "keep its own. Put two or more into each split."
+        )
     changed = {}
     for split, cases in splits.items():
         chosen = _shuffled(cases, seed) if shuffle else list(cases)
-        changed[split] = _without(chosen, missing_train if split == "train" else missing, seed)
+        changed[split] = chosen if split == "train" else _without(chosen, missing, seed)
     return changed
 
 

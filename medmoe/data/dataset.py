@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medmoe.data.datalist import Case
 from medmoe.data.transforms import apply
-from medmoe.errors import DataError
+from medmoe.errors import DataError, some
 from medmoe.progress import Progress
 
 GIB = 2**30
@@ -136,6 +136,8 @@ def loader(
     Args:
         steps_per_epoch: batches in a training epoch; 0 draws every case at least once.
         num_workers: processes that prepare batches. It does not change the batches.
+
+    A batch whose second images (volumes: pictures share a size) differ in shape is a DataError.
     """
     sampler: EpochSampler | None = None
     if dataset.random is not None:
@@ -146,7 +148,25 @@ def loader(
         batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=list_data_collate,
+        collate_fn=collate,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(dataset.seed),  # the global generator stays as it is
     )
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> Any:
+    """Samples as a batch, by MONAI's ``list_data_collate``.
+
+    Raises:
+        DataError: second images differ in shape. MONAI would log all their voxels, and fail.
+    """
+    images = [
+        (sample["case"], sample["condition"]["image"]) for sample in samples if "image" in sample.get("condition", ())
+    ]
+    shapes = {tuple(image.shape[1:]): case for case, image in images}
+    if len(shapes) > 1:
+        found = some([f"{' x '.join(map(str, shape))} (case {case})" for shape, case in shapes.items()])
+        raise DataError(
+            f"The second images of a batch differ in shape: {found}. Set batch_size to 1, or give volumes of one shape."
+        )
+    return list_data_collate(samples)

@@ -182,19 +182,40 @@ def network_voxels(mask: MetaTensor, image: MetaTensor) -> list[float]:
     return lengths
 
 
-class WholeUnlabelledd(MapTransform):
-    """Notes which masks are not labelled anywhere, before transforms that pad with 0, and puts that back after them."""
+INSIDE = "inside the image"
+"""Key of where the image is. No task can have this name."""
 
-    def __init__(self, keys: KeysCollection, restore: bool) -> None:
-        super().__init__(keys)
-        self.restore = restore
+
+class NoteInside(Transform):
+    """Adds ones, uint8 (1, H, W[, D]), that go with the image through padding, crops, flips and affine."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, INSIDE: torch.ones((1, *data["image"].shape[1:]), dtype=torch.uint8)}
+
+
+class UnlabelledOutside(Transform):
+    """Takes back what targets say beyond the image, where the ones of `NoteInside` have become 0.
+
+    Boundary and distance are not labelled there: what a mask would do beyond its image is not known. A mask is
+    background there, as the image is black, but not labelled where none of it inside the image is.
+
+    Args:
+        tasks: dense ones.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         sample = dict(data)
-        for key in self.key_iterator(sample):
-            note = f"{key}_unlabelled"
-            if self.restore:
-                sample[key][sample.pop(note)] = UNLABELLED
+        outside = sample.pop(INSIDE) == 0
+        for task in self.tasks if outside.any() else ():
+            target = sample[task.name]
+            if task.derived:
+                unknown = torch.nan if task.kind == "distance" else UNLABELLED
+                sample[task.name] = target.masked_fill(outside, unknown)
             else:
-                sample[note] = torch.as_tensor((sample[key] == UNLABELLED).flatten(1).all(1))
+                nothing = ((target == UNLABELLED) | outside).flatten(1).all(1)
+                nothing = nothing.view(-1, *[1] * (target.ndim - 1))
+                sample[task.name] = target.masked_fill(outside & nothing, UNLABELLED)
         return sample

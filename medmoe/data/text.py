@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from medmoe.conditions import Schema
 from medmoe.errors import ConfigError, one_line
+from medmoe.experts.weights import checksum
 
 MOST_TOKENS = 512
 
@@ -42,6 +44,11 @@ class TextEncoder:
         self.width = int(self.model.config.hidden_size)
         self.known: dict[str, npt.NDArray[np.float32]] = {}
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Over the weights, wherever they were loaded from."""
+        return checksum(self.model.state_dict())
+
     def embed(self, text: str) -> npt.NDArray[np.float32]:
         """The embedding (width,) of a text; each text is computed once. Texts beyond 512 tokens are cut."""
         if text not in self.known:
@@ -68,3 +75,19 @@ def _advice(name: str, error: Exception) -> str:
 def text_encoder(name: str) -> TextEncoder:
     """The encoder of that name, loaded once in a process."""
     return TextEncoder(name)
+
+
+def encoder_of(schema: Schema) -> TextEncoder:
+    """The encoder of a schema's texts.
+
+    Raises:
+        ConfigError: it cannot be had, or is not the one that the network was trained with.
+    """
+    encoder = text_encoder(schema.text_encoder)
+    if schema.text_sha256 and schema.text_sha256 != encoder.sha256:
+        raise ConfigError(
+            f"text_encoder {schema.text_encoder!r} is not the one of training: the sha256 over its weights is "
+            f"{encoder.sha256}, that of training {schema.text_sha256}. Pass --text_encoder with the name or path of "
+            "that one."
+        )
+    return encoder

@@ -28,6 +28,7 @@ from medmoe.moe.routing import Gates
 from medmoe.networks import ExpertNetwork
 from medmoe.networks.network import plain
 from medmoe.tasks import Task
+from medmoe.training.handlers import on_failure
 from medmoe.training.pictures import to_gray_or_color
 from medmoe.training.routing_pictures import groups_picture, mean_shares, shares_picture, slices_picture
 
@@ -65,7 +66,9 @@ class GateCollector:
 
     def take(self) -> list[Gates]:
         """The mean shares (1, n) of every router since the last call."""
-        if not self.sums:  # asked for its outputs by task, a network makes no call that a hook sees
+        # The hook sees network(...), as for windows, but neither network.outputs(...) nor network.image_outputs(...).
+        # Without windows one of these was the only pass, and the routers still have its gates.
+        if not self.sums:
             self.add(self.network.gates())
         found = [gate._replace(weights=(total / seen).float()[None]) for gate, total, seen in self.sums.values()]
         self.sums = {}
@@ -264,6 +267,7 @@ class RoutingTable:
 
     def __init__(self, network: ExpertNetwork, output_dir: str | os.PathLike[str]) -> None:
         self.network, self.folder = network, Path(output_dir)
+        self.collector: GateCollector | None = None
 
     def attach(self, evaluator: Workflow) -> None:
         """Registers with ``evaluator``, if anything in the network routes."""
@@ -272,6 +276,7 @@ class RoutingTable:
             evaluator.add_event_handler(Events.ITERATION_STARTED, self.listen)
             evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
             evaluator.add_event_handler(Events.COMPLETED, self.write)
+            on_failure(evaluator, self.close)
 
     def start(self, evaluator: Workflow) -> None:
         """Forgets the cases of the last run."""
@@ -283,10 +288,17 @@ class RoutingTable:
 
     def collect(self, evaluator: Workflow) -> None:
         """Keeps the mean gates of a case, and its groups."""
+        assert self.collector is not None  # since the iteration started
         gates = self.collector.take()
-        self.collector.__exit__()
+        self.close()
         (item,) = evaluator.state.batch
         self.cases.append((str(item["case"]), gates, groups_of(self.network, item)))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Has the routers record no longer, also where a case failed."""
+        if self.collector is not None:
+            self.collector.__exit__()
+            self.collector = None
 
     def write(self, evaluator: Workflow) -> None:
         """Writes the table and the pictures."""

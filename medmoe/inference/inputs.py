@@ -17,10 +17,12 @@ from monai.transforms import Compose
 from torch.utils.data import IterableDataset
 
 from medmoe.conditions import Schema
+from medmoe.data.conditions import never_seen
 from medmoe.data.datalist import stem_of, suffix_of
 from medmoe.data.series import holds_series
 from medmoe.data.table import is_missing, read_table
 from medmoe.data.targets import rows_of
+from medmoe.data.text import encoder_of
 from medmoe.data.transforms import apply
 from medmoe.errors import DataError, MedMoEError, some
 from medmoe.progress import Progress
@@ -119,6 +121,7 @@ def with_conditions(
 
     Raises:
         DataError: the table or folder cannot be read, or has nothing for any of the inputs.
+        ConfigError: there are texts, but not the encoder that the network was trained with.
     """
     if schema is None:
         return list(inputs)
@@ -136,6 +139,11 @@ def with_conditions(
         known: dict[str, Any] = {name: None if is_missing(row.get(name)) else row[name] for name in columns}
         known |= {column.name: seconds.get(item["case"]) for column in schema.of_kind("image")}
         conditioned.append(Input(case=item["case"], image=item["image"], condition=known))
+    given = [item["condition"] for item in conditioned]
+    for line in never_seen(schema, given):
+        logger.warning(line)
+    if any(row[column.name] is not None for column in schema.of_kind("text") for row in given):
+        encoder_of(schema)  # one error here rather than one for each input
     return conditioned
 
 

@@ -16,11 +16,10 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from medmoe.data.postprocess import main_task
 from medmoe.errors import CheckpointError, ConfigError, some
 from medmoe.experts.build import RANDOM
 from medmoe.inference.inputs import find_inputs, first_file
-from medmoe.inference.writer import IMAGES, check_output, mask_paths
+from medmoe.inference.writer import IMAGES, case_masks, check_output
 from medmoe.training.checkpoint import read_metadata, tasks_of
 from medmoe.training.excepthook import find_error
 from medmoe.training.preflight import WEIGHTS
@@ -76,9 +75,8 @@ def predict(
     with opened(input, output, checkpoint, {**settings, "overlay": overlay}) as workflow:
         workflow.run()
         workflow.finalize()
-    main, folder = main_task(tasks), Path(output)
-    written = [path for case, source in sources.items() for path in mask_paths(folder, case, source, main)]
-    return written + ([folder / IMAGES] if any(not task.dense for task in tasks) else [])
+    tables = [Path(output) / IMAGES] if any(not task.dense for task in tasks) else []
+    return case_masks(Path(output), sources, tasks) + tables
 
 
 def settings_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

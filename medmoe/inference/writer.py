@@ -5,8 +5,9 @@
 
 A NIfTI image gives a ``.nii.gz`` with its shape and header (affine, sform and qform with their codes, units). A DICOM
 series gives a ``.nii.gz`` on the grid of the series. A picture gives a ``.png`` of its size whose gray values are the
-classes. Masks are named by their case; where labels may overlap each has a file of 0 and 1, ``<case>_<label>``. What is
-said of whole images is in ``images.csv``, a probability for each class. What a folder holds is written down in its
+classes. Masks are named by their case; where labels may overlap each has a file of 0 and 1, ``<case>_<label>``. The
+masks of further tasks have the task's name too: ``<case>_<task>``, ``<case>_<task>_<label>``. What is said of whole
+images is in ``images.csv``, a probability for each class. What a folder holds is written down in its
 ``predictions.json``; only files that are listed there are ever overwritten.
 """
 
@@ -26,9 +27,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+import torch
 from ignite.engine import Engine, Events
 from PIL import Image, ImageColor
 from scipy.ndimage import maximum_filter, minimum_filter
+from torch import Tensor
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
 from medmoe.data.postprocess import main_task
@@ -67,7 +70,7 @@ class SaveMask:
         self, dataset: InputDataset, output: str | os.PathLike[str], tasks: Sequence[Task], overlay: bool = False
     ) -> None:
         self.dataset, self.output, self.overlay = dataset, Path(output), overlay
-        self.main, self.image_tasks = main_task(tasks), [task for task in tasks if not task.dense]
+        self.tasks, self.image_tasks = list(tasks), [task for task in tasks if not task.dense]
         self.sources = {item["case"]: first_file(item) for item in dataset.data}
         self.written = check_output(self.output, self.sources, tasks, overlay)
         self.rows: list[dict[str, str]] = []
@@ -85,21 +88,23 @@ class SaveMask:
                 self.save(item["case"], result)
             except OSError as error:
                 reason = error.strerror or error
-                raise DataError(f"The mask of {item['case']} cannot be written to {self.output}: {reason}.") from error
+                raise DataError(
+                    f"What is predicted of {item['case']} cannot be written to {self.output}: {reason}."
+                ) from error
 
     def finish(self, engine: Engine) -> None:
-        """Says where the masks are."""
+        """Says where the predictions are."""
         number = len(self.sources) - len(self.dataset.failures)
-        logger.info("%d mask%s in %s", number, "" if number == 1 else "s", self.output)
+        logger.info("%d case%s predicted, in %s", number, "" if number == 1 else "s", self.output)
 
     def save(self, case: str, result: Mapping[str, Any]) -> None:
         """Writes what is said of one case, and lists the files."""
         source = self.sources[case]
-        if self.main is not None:
-            prediction = result["pred"]
+        for task, targets in mask_paths(self.output, case, source, self.tasks).items():
+            main = task is main_task(self.tasks)
+            prediction: Any = result["pred"] if main else decided(task, result[f"pred_{task.name}"])
             affine = np.asarray(prediction.affine, dtype=np.float64)
-            masks = np.asarray(prediction.cpu())
-            for mask, target in zip(masks, mask_paths(self.output, case, source, self.main), strict=True):
+            for mask, target in zip(np.asarray(prediction.cpu()), targets, strict=True):
                 self.save_mask(as_classes(mask), affine, source, target)
         if self.image_tasks:
             self.rows.append({"case": case, **image_columns(self.image_tasks, result)})
@@ -130,14 +135,28 @@ def image_columns(tasks: Sequence[Task], result: Mapping[str, Any]) -> dict[str,
     return columns
 
 
-def mask_paths(output: Path, case: str, source: Path, task: Task | None) -> list[Path]:
-    """Where the masks of a case go: one, or one for each label where they may overlap; none without masks."""
-    is_volume = suffix_of(source) in ("", *NIFTI_SUFFIXES)
-    suffix = ".nii.gz" if is_volume else ".png"
-    if task is None:
-        return []
-    endings = [""] if task.kind == "classes" else ["_" + re.sub(r"[^\w.-]+", "_", name) for name in task.names]
-    return [output / f"{case}{ending}{suffix}" for ending in endings]
+def decided(task: Task, probabilities: Tensor) -> Tensor:
+    """Masks (1, H, W[, D]) of classes or (labels, H, W[, D]) of a task from its probabilities (C, H, W[, D])."""
+    chosen = probabilities.argmax(0, keepdim=True) if task.kind == "classes" else probabilities >= 0.5
+    return chosen.to(torch.uint8)
+
+
+def mask_paths(output: Path, case: str, source: Path, tasks: Sequence[Task]) -> dict[Task, list[Path]]:
+    """Where the masks of a case go, by their task: one, or one for each label where they may overlap."""
+    suffix = ".nii.gz" if suffix_of(source) in ("", *NIFTI_SUFFIXES) else ".png"
+    main, found = main_task(tasks), {}
+    for task in tasks:
+        if task.kind in ("classes", "labels"):
+            stem = case if task is main else f"{case}_{task.name}"
+            endings = [""] if task.kind == "classes" else ["_" + re.sub(r"[^\w.-]+", "_", name) for name in task.names]
+            found[task] = [output / f"{stem}{ending}{suffix}" for ending in endings]
+    return found
+
+
+def case_masks(output: Path, sources: Mapping[str, Path], tasks: Sequence[Task]) -> list[Path]:
+    """Where the masks of all cases go, in their order."""
+    paths = (mask_paths(output, case, source, tasks) for case, source in sources.items())
+    return [path for each in paths for masks in each.values() for path in masks]
 
 
 def overlay_path(mask: Path) -> Path:
@@ -172,13 +191,12 @@ def check_output(
     folders = {(path if path.is_dir() else path.parent).resolve() for path in sources.values()}
     if output.resolve() in folders:
         raise DataError(f"The output {output} is the folder of the inputs: give the masks a folder of their own.")
-    main = main_task(tasks)
-    masks = [path for case, source in sources.items() for path in mask_paths(output, case, source, main)]
+    masks = case_masks(output, sources, tasks)
     tables = [output / IMAGES] if any(not task.dense for task in tasks) else []
     targets = tables + masks + ([overlay_path(mask) for mask in masks if mask.suffix == ".png"] if overlay else [])
     twice = [path.name for path, count in Counter(targets).items() if count > 1]
     if twice:
-        raise DataError(f"Two inputs would be written to one file: {some(twice)}. Rename one of them.")
+        raise DataError(f"Two predictions would be written to one file: {some(twice)}. Rename an input, or a label.")
     foreign = [path.name for path in targets if path.exists() and path.name not in written]
     if foreign:
         raise DataError(

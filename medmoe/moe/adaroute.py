@@ -41,14 +41,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medmoe.errors import ConfigError
+from medmoe.errors import ConfigError, check_settings, number, optional, whole
 from medmoe.moe.routing import Gates, RoutingRecord, summed_up
 
 
-def at_least(name: str, value: object, low: int) -> None:
-    """Raises a ConfigError unless ``value`` is a whole number of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {low}")
+def sharing(value: object) -> str:
+    """The rule for ``centers``."""
+    return "" if value == "stage" else whole(1)(value) and "'stage', or a whole number of layers of at least 1"
+
+
+def sides(value: object) -> str:
+    """The rule for ``kernels``."""
+    good = isinstance(value, list | tuple) and not any(whole(1, 31)(side) or side % 2 == 0 for side in value)
+    if good and len(set(value)) == len(value):  # type: ignore[call-overload, arg-type]
+        return ""
+    return "a list of different odd numbers from 1 to 31, such as [3, 5, 7], or [] for no convolutions"
 
 
 @dataclass
@@ -84,21 +91,17 @@ class AdaRoute:
     residual_scale: bool = True
 
     def __post_init__(self) -> None:
-        at_least("rank", self.rank, 0)
-        at_least("router_width", self.router_width, 1)
-        if self.num_experts is not None:
-            at_least("num_experts", self.num_experts, 1)
-        if self.centers != "stage" and (not isinstance(self.centers, int) or self.centers < 1):
-            raise ConfigError(f"centers={self.centers!r}: expected 'stage', or a number of layers of at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: expected a number above 0")
-        if not math.isfinite(self.ls_init):
-            raise ConfigError(f"ls_init={self.ls_init}: expected a finite number, such as 1 or 1e-5")
-        if len(set(self.kernels)) < len(self.kernels) or not all(k in range(1, 32, 2) for k in self.kernels):
-            raise ConfigError(
-                f"kernels={list(self.kernels)}: expected different odd numbers from 1 to 31, such as [3, 5, 7], or [] "
-                "for no convolutions"
-            )
+        check_settings(
+            {
+                "rank": (self.rank, whole(0)),
+                "kernels": (self.kernels, sides),
+                "centers": (self.centers, sharing),
+                "num_experts": (self.num_experts, optional(whole(1))),
+                "router_width": (self.router_width, whole(1)),
+                "temperature": (self.temperature, number(above=0)),
+                "ls_init": (self.ls_init, number()),
+            }
+        )
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -361,7 +364,7 @@ def wrap_swin(model: Any, adapter: AdaRoute) -> RoutedAdapters:
     Raises:
         ConfigError: the adapter's rank is 0.
     """
-    at_least("rank", adapter.rank, 1)
+    check_settings({"rank": (adapter.rank, whole(1))})
     model.requires_grad_(False)
     widths: list[int] = []
     stages: list[range] = []

@@ -18,9 +18,13 @@ x = LN(aggregated features), a token for each position of the map, and an MLP of
     G_t      = b2' + sum_j q_tj E'_j(x),   E'_j of the size of a slice
     result_t = y_t + G_t
 
-Shared slices come on top of the m routed ones. The mixer is that of the first author's DeMT (AAAI 2023), with group
-norm in the place of batch norm, whose statistics mean little with two images a batch. The balance loss is that of MLoRE
-(CVPR 2024): the squared coefficient of variation of p's mean over the batch.
+Without the residual, y_t begins with b2. Shared slices come on top of the m routed ones. The mixer is that of the first
+author's DeMT (AAAI 2023), with group norm in the place of batch norm, whose statistics mean little with two images a
+batch. The balance loss is that of MLoRE (CVPR 2024): the squared coefficient of variation of p's mean over the batch.
+
+The paper has one backbone, and its mixtures stand on the concatenated features of all scales; of several experts that
+is fusion="concat", as in our bundles. Under late fusion each expert has a head, and so an FGMoE of its own: its global
+experts see that one backbone, and pass on what tasks, but not what backbones have in common.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmoe.errors import ConfigError, one_of
-from medmoe.moe.routing import Gates, RoutingRecord, check_top_k, squared_variation, summed_up
+from medmoe.errors import ConfigError, check_settings, number, one_of, optional, whole
+from medmoe.moe.routing import Gates, RoutingRecord, squared_variation, summed_up
 
 MIXERS = ("deformable", "convolution", "none")
 GRANULARITIES = ("token", "image")
@@ -222,17 +226,18 @@ class Routed(NamedTuple):
 
 
 class TaskMoE(nn.Module):
-    """A task's own path: the mixer, and the slices of its MLP."""
+    """A task's own path: the mixer, and the slices of its MLP, by default with a residual around them."""
 
-    def __init__(self, mixer: nn.Module, gate: Gate, experts: SlicedMLP) -> None:
+    def __init__(self, mixer: nn.Module, gate: Gate, experts: SlicedMLP, residual: bool) -> None:
         super().__init__()
-        self.mixer, self.gate, self.experts = mixer, gate, experts
+        self.mixer, self.gate, self.experts, self.residual = mixer, gate, experts, residual
 
     def forward(self, x: Tensor) -> Routed:
         """The map (B, C, h, w[, d]) -> y_t as tokens (B, N, C)."""
         u = self.mixer(x).flatten(2).transpose(1, 2)
         probabilities, weights = self.gate(u)
-        return Routed(u + self.experts(u, weights), probabilities, weights)
+        y = self.experts(u, weights)
+        return Routed(u + y if self.residual else y, probabilities, weights)
 
 
 class GlobalMoE(nn.Module):
@@ -261,6 +266,7 @@ class FGMoE(nn.Module):
         num_slices: m, routed slices of that MLP; H must be a multiple.
         top_k: routed slices that each token keeps, 1 to m.
         num_shared: further slices of the same size that are always on.
+        residual: whether what a task's mixer gives is added to what its slices make of it.
         renormalize: whether the kept gates are scaled to sum to 1.
         granularity: "token": each token has its gates; "image": all tokens of an image share them.
         global_experts: of the global mixture, each of the size of a slice; 0 for none.
@@ -283,6 +289,7 @@ class FGMoE(nn.Module):
         num_slices: int = 8,
         top_k: int = 4,
         num_shared: int = 1,
+        residual: bool = True,
         renormalize: bool = False,
         granularity: str = "token",
         global_experts: int = 4,
@@ -298,14 +305,28 @@ class FGMoE(nn.Module):
             raise ConfigError(f"tasks={list(tasks)}: expected at least one name, and no name twice")
         if spatial_dims not in (2, 3):
             raise ConfigError(f"spatial_dims={spatial_dims}: 2 or 3 is expected")
-        if num_slices < 1 or hidden < 1 or hidden % num_slices:
-            raise ConfigError(f"hidden={hidden}: expected a multiple of num_slices={num_slices}, both 1 or more")
-        for name, value in (("num_shared", num_shared), ("global_experts", global_experts)):
-            if value < 0:
-                raise ConfigError(f"{name}={value}: expected 0 or more")
-        if not 0 <= balance_weight < math.inf:
-            raise ConfigError(f"balance_weight={balance_weight}: expected 0 or more")
-        check_top_k("top_k", top_k, num_slices)
+        check_settings(
+            {
+                "hidden": (hidden, whole(1)),
+                "num_slices": (num_slices, whole(1)),
+                "num_shared": (num_shared, whole(0)),
+                "global_experts": (global_experts, whole(0)),
+                "balance_weight": (balance_weight, number(least=0)),
+            }
+        )
+        if hidden % num_slices:
+            raise ConfigError(f"hidden={hidden}: expected a multiple of num_slices={num_slices}")
+        if global_top_k is not None and not global_experts:
+            raise ConfigError(
+                f"global_top_k={global_top_k} but global_experts=0: there is none to keep. Leave global_top_k out, or "
+                "have global experts"
+            )
+        check_settings(
+            {
+                "top_k": (top_k, whole(1, num_slices, "the number of slices")),
+                "global_top_k": (global_top_k, optional(whole(1, global_experts, "the number of them"))),
+            }
+        )
         one_of("granularity", granularity, GRANULARITIES)
         one_of("mixer", mixer, MIXERS)
         one_of("execution", execution, EXECUTIONS)
@@ -317,13 +338,14 @@ class FGMoE(nn.Module):
         def path() -> TaskMoE:
             gate = Gate(channels, num_slices, top_k, renormalize, granularity)
             experts = SlicedMLP(channels, width, num_slices, num_shared, top_k, execution)
-            return TaskMoE(nn.Identity() if mixer == "none" else Mixer(channels, spatial_dims, mixer), gate, experts)
+            mixing = nn.Identity() if mixer == "none" else Mixer(channels, spatial_dims, mixer)
+            return TaskMoE(mixing, gate, experts, residual)
 
         # The prefix keeps names such as "type" apart from the attributes of a module.
         self.paths = nn.ModuleDict({f"task_{name}": path() for name in self.tasks})
         self.shared: GlobalMoE | None = None
-        if global_experts or global_top_k is not None:
-            kept = check_top_k("global_top_k", global_experts if global_top_k is None else global_top_k, global_experts)
+        if global_experts:
+            kept = global_experts if global_top_k is None else global_top_k
             embedded = len(tasks) if task_embedding else 0
             gate = Gate(channels, global_experts, kept, renormalize, granularity, embedded)
             experts = SlicedMLP(channels, width, global_experts, 0, kept, execution)

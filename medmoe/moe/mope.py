@@ -20,6 +20,8 @@ paper has it, every parameter trains by the task's loss; nothing is detached.
 
 Our reading, where the paper says nothing or the public code has a hierarchical, text-only special case:
 * the encoder of tables, texts and images (:class:`ConditionEncoder`), its null vectors and the modality dropout;
+* the paper's encoder of texts, E_y, is itself tuned by prompts and gives the CLS token; here it is frozen, and what it
+  says of a text is the mean over its tokens, of which a linear layer trains (:class:`EmbeddingGroup`);
 * all prompt sites route, and each replaces the prompts of the last;
 * the pooled patches are normalized, without parameters: tokens of frozen encoders differ in scale by orders of
   magnitude from layer to layer, and at tau = 0.1 the softmax would be saturated from the start;
@@ -43,8 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmoe.conditions import Schema
-from medmoe.errors import ConfigError, one_of
-from medmoe.moe.pmoe import Stream, prompt_parameter
+from medmoe.errors import ConfigError, check_settings, number, one_of, whole
+from medmoe.moe.pmoe import Stream, prompt_parameter, told_apart
 from medmoe.moe.routing import Gates, RoutingRecord, squared_variation, summed_up
 
 ROUTERS = ("multimodal", "condition", "image")
@@ -53,11 +55,10 @@ IMPORTANCES = ("clean", "noisy")
 logger = logging.getLogger(__name__)
 
 
-def check_ranges(rules: Sequence[tuple[str, float, bool, str]]) -> None:
-    """Raises one ConfigError for all (name, value, whether it fits, what is allowed) that do not fit."""
-    problems = [f"{name}={value}: expected {allowed}" for name, value, fits, allowed in rules if not fits]
-    if problems:
-        raise ConfigError("; ".join(problems))
+def two_widths(value: object) -> str:
+    """The rule for ``query_widths``."""
+    good = isinstance(value, list | tuple) and len(value) == 2 and not any(map(whole(1), value))
+    return "" if good else "two whole numbers of at least 1, such as [2, 8]"
 
 
 class NumberGroup(nn.Module):
@@ -150,14 +151,14 @@ class ConditionEncoder(nn.Module):
         numbers, categories, texts, images = (schema.of_kind(kind) for kind in ("number", "category", "text", "image"))
         if not schema.columns:
             raise ConfigError("conditions=[]: MoPE needs at least one condition; name columns, or leave it out")
-        check_ranges(
-            [
-                ("psi_width", width, width >= 1, "1 or more"),
-                ("psi_dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1"),
-                ("group_dropout", group_dropout, 0 <= group_dropout < 1, "at least 0 and below 1"),
-                ("text_width", schema.text_width, not texts or schema.text_width >= 1, "1 or more for text conditions"),
-                ("image_width", image_width, not images or image_width >= 1, "1 or more for an image condition"),
-            ]
+        check_settings(
+            {
+                "psi_width": (width, whole(1)),
+                "psi_dropout": (dropout, number(least=0, below=1)),
+                "group_dropout": (group_dropout, number(least=0, below=1)),
+                "text_width": (schema.text_width, whole(1, why="for text conditions") if texts else whole(0)),
+                "image_width": (image_width, whole(1, why="for an image condition") if images else whole(0)),
+            }
         )
         self.width, self.dropout = width, dropout
         groups: list[NumberGroup | CategoryGroup | EmbeddingGroup] = []
@@ -325,18 +326,17 @@ class MoPE(nn.Module):
         one_of("router", router, ROUTERS)
         self.importance_on = one_of("importance_on", importance_on, IMPORTANCES)
         counts = {"num_prompts": num_prompts, "num_experts": num_experts, "mapper_width": mapper_width}
-        counts |= {f"query_widths[{i}]": count for i, count in enumerate(query_widths)}
         sizes = {"noise": noise, "importance_weight": importance_weight, "importance_threshold": importance_threshold}
-        check_ranges(
-            [(name, value, value >= 1, "1 or more") for name, value in counts.items()]
-            + [(name, value, value >= 0, "0 or more") for name, value in sizes.items()]
-            + [("temperature", temperature, temperature > 0, "above 0")]
+        check_settings(
+            {name: (value, whole(1)) for name, value in counts.items()}
+            | {name: (value, number(least=0)) for name, value in sizes.items()}
+            | {"temperature": (temperature, number(above=0)), "query_widths": (query_widths, two_widths)}
         )
         if not (dynamic or mapped):
             raise ConfigError("dynamic=False and mapped=False: MoPE gives no prompt; set one of them, or leave it out")
         if not any(stream.prompted for stream in streams):
             raise ConfigError("no expert is prompted: prompt at least one, or leave MoPE out")
-        self.streams, self.schema = tuple(streams), schema
+        self.streams, self.schema = told_apart(streams), schema
         self.num_experts, self.dynamic, self.mapped = num_experts, dynamic, mapped
         self.temperature, self.noise, self.noise_at_eval = temperature, noise, noise_at_eval
         self.importance_weight, self.importance_threshold = importance_weight, importance_threshold

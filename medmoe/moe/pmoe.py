@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmoe.errors import ConfigError, one_of
-from medmoe.moe.routing import Gates, RoutingRecord, normalized_entropy
+from medmoe.errors import ConfigError, check_settings, one_of, whole
+from medmoe.moe.routing import Gates, RoutingRecord, distinct, normalized_entropy
 
 DISPATCHES = ("soft", "gate", "group", "topk", "attention", "none")
 FORMS = ("residual", "soft")
@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     """What a prompter knows of an expert.
 
     Attributes:
-        name: for reports.
+        name: for reports; see :func:`told_apart`.
         widths: token width at each prompt site.
         patch: pixels along a patch, for the initialization.
         prompted: whether the expert receives prompts.
@@ -55,6 +55,12 @@ class Stream(NamedTuple):
     patch: int = 16
     prompted: bool = True
     context: int = 0
+
+
+def told_apart(streams: Sequence[Stream]) -> tuple[Stream, ...]:
+    """The streams, where one expert is there twice with names of their own, such as "vit" and "vit (2)"."""
+    names = distinct([stream.name for stream in streams])
+    return tuple(stream._replace(name=name) for stream, name in zip(streams, names, strict=True))
 
 
 class State(NamedTuple):
@@ -191,7 +197,8 @@ class PMoE(nn.Module):
             that differs, in place of prompts of their own.
 
     Raises:
-        ConfigError: for an unknown dispatch, form or exchange, numbers below 1, or when no expert is prompted.
+        ConfigError: for an unknown dispatch, form or exchange, numbers that are not whole or below 1, or when no expert
+            is prompted.
     """
 
     def __init__(
@@ -210,12 +217,11 @@ class PMoE(nn.Module):
         self.dispatch = one_of("dispatch", dispatch, DISPATCHES)
         self.exchange = one_of("exchange", exchange, EXCHANGES)
         one_of("form", form, FORMS)
-        for name, value in (("num_prompts", num_prompts), ("top_k", top_k), ("rank", rank)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
+        counts = {"num_prompts": num_prompts, "top_k": top_k, "rank": rank, "max_patches": max_patches}
+        check_settings({name: (value, whole(1)) for name, value in counts.items()})
         if not any(stream.prompted for stream in streams):
             raise ConfigError("no expert is prompted: prompt at least one, or leave the prompter out")
-        self.streams, self.max_patches = tuple(streams), max_patches
+        self.streams, self.max_patches = told_apart(streams), max_patches
         self.owner = next(k for k, stream in enumerate(streams) if stream.prompted) if shared else None
         self.recording = False
         self.last: dict[tuple[int, int], tuple[Tensor, list[int], list[tuple[str, int]]]] = {}

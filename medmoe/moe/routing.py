@@ -12,8 +12,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from medmoe.errors import ConfigError
-
 
 class Gates(NamedTuple):
     """The weights of one router in the last forward pass, image by image.
@@ -81,15 +79,15 @@ def squared_variation(mass: Tensor) -> Tensor:
     return mass.var(unbiased=False) / mass.mean().square().clamp_min(1e-12)
 
 
-def check_top_k(name: str, top_k: int, candidates: int) -> int:
-    """``top_k`` if there are as many candidates.
-
-    Raises:
-        ConfigError: it is below 1 or above ``candidates``.
-    """
-    if not 1 <= top_k <= candidates:
-        raise ConfigError(f"{name}={top_k}: expected 1 to {candidates}, the number of experts to choose from")
-    return top_k
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, where one is there again with a number behind it: "vit", "vit (2)". Reports go by names."""
+    found: list[str] = []
+    for name in names:
+        free, number = name, 2
+        while free in found:
+            free, number = f"{name} ({number})", number + 1
+        found.append(free)
+    return found
 
 
 def summed_up(gates: Sequence[Gates]) -> list[RoutingRecord]:

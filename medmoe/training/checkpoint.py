@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +184,19 @@ def tasks_of(path: str | os.PathLike[str]) -> list[Task]:
     return [Task(**{**entry, "names": tuple(entry["names"])}) for entry in read_metadata(path).tasks]
 
 
-def conditions_of(path: str | os.PathLike[str]) -> Schema | None:
-    """The conditions of checkpoint ``path``, with means and categories of its training cases; ``None`` without any."""
+def conditions_of(path: str | os.PathLike[str], text_encoder: str = "") -> Schema | None:
+    """The conditions of checkpoint ``path``, with means and categories of its training cases; ``None`` without any.
+
+    Args:
+        path: a best or last checkpoint.
+        text_encoder: where the encoder of its texts is on this machine; empty where it is as in training. That it is
+            the same is checked when a text is encoded.
+    """
     content = read_metadata(path).conditions
-    return None if content is None else Schema.from_json(content)
+    if content is None:
+        return None
+    schema = Schema.from_json(content)
+    return replace(schema, text_encoder=text_encoder) if text_encoder and schema.of_kind("text") else schema
 
 
 def damaged(path: str | os.PathLike[str], detail: str) -> CheckpointError:

@@ -18,6 +18,7 @@ from monai.losses import DiceLoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
+from medmoe.errors import ConfigError, some
 from medmoe.networks.network import Parts, plain
 from medmoe.tasks import UNLABELLED, Task
 
@@ -53,11 +54,15 @@ class TaskLoss(nn.Module):
     By default the Dice term sums over the batch before it divides; otherwise every sample without a class would add a
     constant 1. Tasks without a label in the batch add nothing.
 
-    Tasks are weighted by ``task.weight`` or, where the network has learned log-variances s_t, as
-    exp(-s_t) L_t + s_t (our reading of Kendall, Gal and Cipolla, CVPR 2018, for losses of any kind).
+    With w_t of ``task.weight`` and L_t of a task, the whole is the sum over the tasks with w_t > 0 of
+
+        w_t L_t                       or, where the network has learned log-variances s_t,
+        w_t exp(-s_t) L_t + s_t       our reading of Kendall, Gal and Cipolla, CVPR 2018, for losses of any kind
+
+    A task of weight 0 adds nothing, s_t included, and its parameters get no gradient.
 
     Args:
-        tasks: of the network.
+        tasks: of the network, at least one with a weight above 0.
         expert_weight: weight of the mean over the experts' own losses, at least 0.
         include_background: whether class 0 counts in the Dice term.
         batch_dice: whether the Dice term sums over the batch first.
@@ -65,8 +70,11 @@ class TaskLoss(nn.Module):
         ce_weight: weight of the cross-entropy beside it, at least 0.
 
     Attributes:
-        last: of the last call: the loss of each task that had a label, unweighted (``<task>``), the auxiliary losses
-            (``auxiliary/<name>``) and log-variances (``log_variance/<task>``).
+        last: of the last call: the loss of each task that trains and had a label, unweighted (``<task>``), the
+            auxiliary losses (``auxiliary/<name>``) and log-variances (``log_variance/<task>``).
+
+    Raises:
+        ConfigError: every task has weight 0.
     """
 
     def __init__(
@@ -79,7 +87,9 @@ class TaskLoss(nn.Module):
         ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.tasks, self.expert_weight = list(tasks), expert_weight
+        self.tasks, self.expert_weight = [task for task in tasks if task.weight > 0], expert_weight
+        if not self.tasks:
+            raise ConfigError(f"weight=0 in every task ({some([t.name for t in tasks])}): nothing would train")
         self.first = 0 if include_background else 1
         self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.dice = DiceLoss(batch=batch_dice, reduction="none")
@@ -106,7 +116,7 @@ class TaskLoss(nn.Module):
             terms[task.name] = loss = self.with_experts(task, parts, target)
             if parts.log_variances:
                 variance = terms[f"log_variance/{task.name}"] = parts.log_variances[task.name]
-                total = total + (-variance).exp() * loss + variance
+                total = total + task.weight * (-variance).exp() * loss + variance
             else:
                 total = total + task.weight * loss
         for name, value in parts.auxiliary.items():

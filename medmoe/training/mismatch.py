@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from medmoe.conditions import Schema
+
 EXPERTS = ("general", "medical", "other")
 OF_EACH_EXPERT = ("{}", "{}_size", "prompt_{}", "{}_channels", "{}_lora", "{}_lora_targets", "{}_adaroute")
 NETWORK_SETTINGS = (
@@ -32,7 +34,6 @@ NETWORK_SETTINGS = (
     "shared_prompts",
     "site_range",
     "conditions",
-    "text_encoder",
     "mope_prompts",
     "mope_experts",
     "mope_router",
@@ -121,7 +122,7 @@ def condition_problems(saved: Mapping[str, Any] | None, own: Mapping[str, Any] |
             ", ".join(f"{column['name']} ({column['kind']})" for column in (schema or {}).get("columns", ())) or "none"
         )
 
-    if saved == own:
+    if (saved and Schema.from_json(saved)) == (own and Schema.from_json(own)):
         return []
     if columns(saved) != columns(own):
         return [f"it was trained with the conditions {columns(saved)}; this network has {columns(own)}"]

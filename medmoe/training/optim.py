@@ -24,9 +24,13 @@ PARTS = {
     "image_head": "decoder",
     "log_variances": "tasks",
 }
-ROUTERS = re.compile(r"(^|\.)(dispatchers|routers?|gates?|image_query|condition_query)\.|^conditioner\..*\.key$")
-"""Names of parameters that decide about routes: pMoE's dispatchers, MoPE's queries and learned keys, and whatever lies
-below a module that is called so."""
+ROUTERS = re.compile(
+    r"(^|\.)(dispatchers|routers?|gates?|image_query|condition_query)\.|^conditioner\..*\.key$|\.sharpness$"
+)
+"""Names of parameters that decide about routes: pMoE's dispatchers, MoPE's queries and learned keys, AdaRoute's learned
+temperatures, and whatever lies below a module that is called so."""
+VECTORS = re.compile(r"(^|\.)(nulls|embeddings?)(\.|$)")
+"""Names of parameters that stack vectors of their own, of conditions and tasks: no matrices to be decayed."""
 
 
 def part_of(name: str) -> str:
@@ -55,6 +59,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: prompts undecayed at ``prompt_lr``; the rest at ``lr``, matrices and kernels decayed.
 
+    Embeddings are not decayed: most steps do not see a rare category, but would shrink it.
+
     With ``router_lr``, what routes has groups of its own at that rate, decayed or not as without it.
     """
     groups: dict[str, dict[str, Any]] = {}
@@ -63,7 +69,8 @@ def parameter_groups(
             continue
         part = part_of(name)
         prompts = part == "prompts" or (part == "conditions" and "prompts" in name.split("."))
-        decay = weight_decay if not prompts and parameter.ndim >= 2 else 0.0
+        decayed = parameter.ndim >= 2 and not prompts and VECTORS.search(name) is None
+        decay = weight_decay if decayed else 0.0
         key = part if decay or part == "prompts" else f"{part}_prompts" if prompts else f"{part}_undecayed"
         rate = prompt_lr if prompts else lr
         if router_lr is not None and is_router(name):
@@ -87,8 +94,8 @@ def optimizer(
         network: with parameters below ``prompter.``, ``conditioner.``, ``experts.`` and ``decoder.``.
         lr: learning rate of adapters, decoder, heads and condition encoder, above 0.
         prompt_lr: learning rate of the prompter and of prompts that conditions choose, above 0.
-        weight_decay: of matrices and kernels that are neither prompts nor in the prompter; biases, norms and scalars
-            have none.
+        weight_decay: of matrices and kernels that are neither prompts nor in the prompter; biases, norms, scalars,
+            embeddings and null vectors have none.
         clip: largest norm of all gradients together; 0 does not clip.
         router_lr: learning rate of what routes, above 0, see :func:`is_router`; ``None`` for that of its part.
 

@@ -44,7 +44,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {"inference": ("table", "condition_dir
 """Paths that have to exist where they are given. In training a table counts from the data set's folder."""
 WEIGHTS = tuple(f"{name}_weights" for name in EXPERTS)
 ADVICE: Mapping[str, str] = {
-    "dataset_dir": "Give --dataset_dir DIR, or make the demo data: python data_scripts/mni152_tissue.py",
+    "dataset_dir": "Give --dataset_dir DIR, or make it with a script of data_scripts (demo_data: mni152_tissue.py)",
     "checkpoint": "Train first, or give --checkpoint FILE (or the --output_dir of the training run)",
     **{name: "Give a file, 'random', or nothing for the cache" for name in WEIGHTS},
     "table": "Give a CSV file with a row for each input, or nothing",

@@ -193,11 +193,6 @@ def owner_bars(
     axes.set_title("whose tokens", fontsize=9)
 
 
-def slice_map(gates: Gates, image: int = 0) -> NDArray[np.int64]:
-    """The winning candidate of each token, (h, w[, d])."""
-    return gates.weights[image].argmax(0).numpy()
-
-
 def slices_picture(
     image: NDArray[np.float32],
     winners: Mapping[str, NDArray[np.int64]],

@@ -43,6 +43,9 @@ ROUTERS = {
 }
 
 
+WITH_TASKS = [bundle for bundle in COMPOSED if "tasks" in settings_of(bundle)]
+
+
 class Run(NamedTuple):
     """A bundle that was trained: what it says itself, and what it was run with."""
 
@@ -156,10 +159,10 @@ def test_what_is_not_known_of_a_case_may_be_left_out(
     if not conditions:
         return
     columns = [item["name"] for item in conditions if item["kind"] != "image"]
-    (tmp_path / "some.csv").write_text(f"case,{columns[1]}\ncase0,{trained.bundle.stem}\n")
+    (tmp_path / "some.csv").write_text(f"case,{columns[1]}\ncase0,another\n")
     caplog.clear()
     predict(image, tmp_path / "some", trained.checkpoint, table=str(tmp_path / "some.csv"))
-    assert f"condition {columns[1]}: '{trained.bundle.stem}' was never seen in training" in caplog.text
+    assert f"condition {columns[1]}: in 1 of 1 cases the value was never seen in training" in caplog.text
     settings = {**trained.settings, "checkpoint": str(trained.checkpoint), "input": str(image)}
     message = error_of(trained.bundle, INFERENCE, kind="infer", **settings, table="no.csv", condition_dir="no")
     assert "table: there is no 'no.csv'. Give a CSV file with a row for each input" in message
@@ -174,9 +177,8 @@ def test_a_bundle_of_other_tasks_does_not_take_the_checkpoint(trained: Run) -> N
         assert (f"{name} is " in message) == (name in trained.own), name
 
 
+@pytest.mark.parametrize("trained", WITH_TASKS, indirect=True, ids=lambda bundle: bundle.stem)
 def test_where_targets_are_and_what_they_weigh_may_change_after_training(trained: Run, tmp_path: Path) -> None:
-    if "tasks" not in trained.own:
-        pytest.skip("plain segmentation has one place for its masks")
     tasks = [{**task, "weight": 0.5} for task in trained.own["tasks"]]
     settings = {**trained.settings, "output_dir": str(tmp_path), "checkpoint": str(trained.checkpoint), "tasks": tasks}
     workflow = run(trained.bundle, EVALUATE, **settings)

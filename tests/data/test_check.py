@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmoe.data import Case, check_cases, datalists
+from medmoe.data import Case, check_cases, datalists, evaluation_preprocessing, postprocessing
 from medmoe.errors import ConfigError, DataError
 
 SHAPE = (7, 8, 5)
@@ -158,8 +158,31 @@ def test_label_values(volumes: Volumes, write_nifti: Callable[..., Path], values
 
 def test_mask_without_threshold(pictures: Volumes) -> None:
     report = check(pictures([(9, 8)] * 2), num_classes=2, spatial_dims=2, in_channels=3)
-    assert len(report.problems) == 2
-    assert "pass --label_threshold 127 if this is a mask" in report.problems[0]
+    assert report.problems == [
+        "label: no training case has any of its classes, but 255, which means not labelled; pass --label_threshold 127 "
+        "if these are masks"
+    ]
+
+
+def test_voxels_that_are_not_labelled(volumes: Volumes, write_nifti: Callable[..., Path]) -> None:
+    """255 in a mask of classes neither is a class nor counts in the metrics, also in plain segmentation."""
+    cases = volumes([SHAPE] * 4)
+    for case in cases[1:3]:
+        label = torch.randint(0, 3, SHAPE, dtype=torch.uint8).numpy()
+        label[:2] = 255
+        write_nifti(Path(case["label"]), label)
+    report = check(cases)
+    assert report.problems == [] and report.classes == dict.fromkeys(["background", "class 1", "class 2"], 3)
+    assert report.warnings == [
+        "label: 2 of 4 cases have the value 255: such voxels are not labelled, they neither train nor count"
+    ]
+    forth = evaluation_preprocessing(3, 1)
+    sample = forth(cases[1])
+    wrong = (sample["label"][0] + 1) % 3
+    wrong[2:] = sample["label"][0, 2:]
+    sample["pred"] = 20 * torch.nn.functional.one_hot(wrong.long(), 3).movedim(-1, 0).float().as_tensor()
+    found = postprocessing(3, forth)(sample)
+    assert torch.equal(found["pred"], found["label"]) and found["labelled"].all() and not found["label"][:, :2].any()
 
 
 def test_threshold_with_three_classes(pictures: Volumes) -> None:

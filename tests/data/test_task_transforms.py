@@ -28,7 +28,8 @@ from medmoe.data import (
 from medmoe.data.derive import boundary, signed_distance
 from medmoe.data.transforms import apply
 from medmoe.errors import ConfigError, DataError
-from medmoe.tasks import UNLABELLED, make_tasks
+from medmoe.networks.network import plain
+from medmoe.tasks import DISTANCE_LIMIT, UNLABELLED, make_tasks
 
 TASKS = make_tasks(
     [
@@ -91,7 +92,11 @@ def test_every_target_is_loaded(case: Case) -> None:
     assert np.array_equal(sample["organs"][0].numpy(), disc((40, 32), 11)) and (sample["organs"][1] == UNLABELLED).all()
     assert np.array_equal(sample["zones"][0].numpy(), np.asarray(Image.open(case["zones"])))
     assert sample["grade"].dtype == torch.int64 and sample["grade"].shape == () and sample["grade"] == 1
-    assert "edges" not in sample and "depth" not in sample
+    mask = sample["organs"][0].numpy()
+    assert np.array_equal(sample["edges"][0], boundary(mask)) and (sample["edges"][1] == UNLABELLED).all()
+    assert np.array_equal(sample["depth"][0], signed_distance(mask)) and sample["depth"][1].isnan().all()
+    assert sample["edges"].dtype == torch.uint8 and sample["depth"].dtype == torch.float32
+    assert {"edges", "depth"}.isdisjoint(preprocessing(2, 1, tasks=TASKS, with_label=False)(case))
     bare = preprocessing(2, 1, tasks=TASKS)({**case, "organs": None, "zones": None, "grade": -1})
     assert (bare["organs"] == UNLABELLED).all() and bare["organs"].shape == (2, 40, 32)
     assert (bare["zones"] == UNLABELLED).all() and bare["grade"] == -1
@@ -112,12 +117,57 @@ def test_windows_carry_all_targets(case: Case, augment: str, window: tuple[int, 
             assert type(found[name]) is torch.Tensor and found[name].shape == (channels, *window)
         if augment != "strong":
             assert torch.equal(found["image"][0] > 0.5, found["organs"][0] == 1)
-        mask = found["organs"][0].numpy()
         assert (found["organs"][1] == UNLABELLED).all()  # in the padding as well
-        assert np.array_equal(found["edges"][0], boundary(mask)) and (found["edges"][1] == UNLABELLED).all()
-        np.testing.assert_array_equal(found["depth"][0], signed_distance(mask))
+        assert (found["edges"][1] == UNLABELLED).all() and found["edges"].dtype == torch.uint8
         assert found["depth"][1].isnan().all() and found["depth"].dtype == torch.float32
         assert set(found["zones"].unique().tolist()) <= {0, 1, 2, UNLABELLED}
+
+
+@pytest.mark.parametrize("augment", ["none", "flips"])
+@pytest.mark.parametrize("window", [(12, 12), (50, 20), (48, 48)])
+def test_a_cut_is_no_border(case: Case, augment: str, window: tuple[int, int]) -> None:
+    """Boundary and distance in a window are those of the whole image, and not labelled in its padding."""
+    sample = preprocessing(2, 1, tasks=TASKS)(case)
+    numbers = torch.arange(1.0, 40 * 32 + 1).reshape(1, 40, 32)
+    whole = {name: plain(sample[name]).flatten(1) for name in ("edges", "depth")}
+    transform = augmentation(2, window, augment, TASKS)
+    for seed in range(8):
+        found = transform.set_random_state(seed=seed)({**sample, "image": MetaTensor(numbers)})
+        source = found["image"].long().flatten() - 1
+        inside = source >= 0
+        assert inside.all() == (window == (12, 12))
+        for name, unknown in (("edges", UNLABELLED), ("depth", torch.nan)):
+            values = found[name].flatten(1)
+            torch.testing.assert_close(values[:, inside], whole[name][:, source[inside]], equal_nan=True)
+            outside = values[:, ~inside]
+            torch.testing.assert_close(outside, torch.full_like(outside, unknown), equal_nan=True)
+        assert not found["organs"][0].flatten()[~inside].any()
+
+
+def test_distances_under_an_affine_are_off_by_its_zoom_at_most(
+    case: Case, tmp_path: Path, write_picture: Callable[..., Path]
+) -> None:
+    drawn = disc((96, 96), 14) * 255
+    files = {"image": str(write_picture(tmp_path / "white.png", np.full((96, 96), 255, np.uint8)))}
+    files["organs"] = [str(write_picture(tmp_path / "disc.png", drawn)), None]
+    sample = preprocessing(2, 1, intensity="unit", tasks=TASKS[:3])({**case, **files})
+    transform = augmentation(2, 80, "strong", TASKS[:3])
+    seen = 0
+    for seed in range(12):
+        found = transform.set_random_state(seed=seed)(dict(sample))
+        depth, edges, mask = (found[name][0].numpy() for name in ("depth", "edges", "organs"))
+        now = signed_distance(mask)
+        black = found["image"][0].numpy() < 0.3
+        seen += np.count_nonzero(black)
+        assert np.count_nonzero(~np.isnan(depth[black])) <= 0.05 * np.count_nonzero(black)
+        assert np.count_nonzero(edges[black] != UNLABELLED) <= 0.05 * np.count_nonzero(black)
+        known = ~np.isnan(depth) & (np.abs(now) < 0.8)
+        before, after = np.abs(depth[known]) * DISTANCE_LIMIT, np.abs(now[known]) * DISTANCE_LIMIT
+        assert (np.sign(depth[known]) == np.sign(now[known]))[after > 2].all()
+        assert (before < after / 0.84 + 1).all() and (before > after / 1.2 - 1).all()
+        rim = edges[known] == 1
+        assert rim.any() and after[rim].max() <= 2.3
+    assert seen > 500
 
 
 def test_a_mask_that_is_not_there_stays_unlabelled_in_the_padding(case: Case) -> None:

@@ -195,6 +195,21 @@ def test_a_split_becomes_a_table_and_groups(tmp_path: Path) -> None:
     assert not net.recording and not net._forward_hooks
 
 
+def test_a_failed_case_leaves_neither_hook_nor_recording_behind(tmp_path: Path) -> None:
+    net = network()
+
+    def step(engine: Engine, item: dict[str, Any]) -> None:
+        net(item["image"][None])
+        assert net.recording
+        raise ValueError("no space left")
+
+    evaluator = Engine(step)
+    RoutingTable(net, tmp_path).attach(evaluator)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no space left"):
+        evaluator.run([sample(32, 32)])
+    assert not net.recording and not net._forward_hooks
+
+
 def test_nothing_is_tabled_where_nothing_routes(tmp_path: Path) -> None:
     net = SimpleNamespace(routers=[])
     evaluator = Engine(lambda engine, item: None)

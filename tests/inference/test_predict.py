@@ -14,16 +14,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from dicom_files import write_series
+from monai.data import MetaTensor
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from threshold_network import Threshold
 
 from medmoe.data.series import read_series
 from medmoe.errors import CheckpointError, ConfigError, DataError
+from medmoe.inference import InputDataset, SaveMask
 from medmoe.inference import predict as module
 from medmoe.inference.inputs import find_inputs
 from medmoe.inference.predict import bundle_file, checkpoint_settings, predict
+from medmoe.tasks import Task
 from medmoe.training.checkpoint import Metadata, save_checkpoint
 
 TRAINING = {
@@ -288,9 +292,51 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("medmoe.inference.writer.nib.save", full)
-    with pytest.raises(DataError, match=r"mask of a cannot be written .*No space left"):
+    with pytest.raises(DataError, match=r"predicted of a cannot be written .*No space left"):
         predict(source, tmp_path / "out", path)
     assert not list((tmp_path / "out").iterdir())
+
+
+def several(source: Path, output: Path, labels: tuple[str, ...], overlay: bool = False) -> tuple[SaveMask, list[Task]]:
+    """What writes masks of labels that may overlap, and what is said of the whole image."""
+    tasks = [Task("areas", "labels", labels), Task("edges", "boundary", labels, of="areas")]
+    tasks.append(Task("grade", "image", ("low", "high"), "grade"))
+    return SaveMask(InputDataset(find_inputs(source), dict), output, tasks, overlay), tasks
+
+
+def test_each_label_that_may_overlap_has_a_mask_and_whole_images_a_table(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        Image.fromarray(random_values(20, 30)).save(tmp_path / f"in/{name}.png")
+    writer, _ = several(tmp_path / "in", tmp_path / "out", ("left lung", "heart"), overlay=True)
+    masks = {name: torch.randint(0, 2, (2, 20, 30), dtype=torch.uint8) for name in "ab"}
+    for name, grade in (("a", [0.25, 0.75]), ("b", [0.5, 0.5])):
+        writer.save(name, {"pred": MetaTensor(masks[name]), "pred_grade": torch.tensor(grade)})
+    for name in "ab":
+        for mask, label in zip(masks[name], ("left_lung", "heart"), strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/{name}_{label}.png")), mask)
+            assert (tmp_path / f"out/{name}_{label}_overlay.png").is_file()
+    table = (tmp_path / "out/images.csv").read_text().splitlines()
+    assert table == [
+        "case,grade,grade: low,grade: high",
+        "a,high,0.2500,0.7500",
+        "b,low,0.5000,0.5000",
+    ]
+    listed = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {*listed, "predictions.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+    several(tmp_path / "in", tmp_path / "out", ("left lung", "heart"), overlay=True)  # its own files may be overwritten
+
+
+def test_nothing_else_is_overwritten_by_labels_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    Image.fromarray(random_values(20, 30)).save(tmp_path / "in/a.png")
+    for name in ("a_heart.png", "images.csv"):
+        (tmp_path / "out" / name).write_text("made by hand")
+    with pytest.raises(DataError, match=r"no earlier prediction wrote: images\.csv, a_heart\.png"):
+        several(tmp_path / "in", tmp_path / "out", ("heart", "lung"))
+    with pytest.raises(DataError, match=r"written to one file: a_left_lung\.png\. Rename"):
+        several(tmp_path / "in", tmp_path / "new", ("left lung", "left_lung"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,11 +226,11 @@ def test_permuting_the_candidates_changes_nothing() -> None:
         assert torch.allclose(made(index, given), other(index, given), atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", [(3, 5), ()])
-@pytest.mark.parametrize("grid", [(2, 3), (1, 1)])
+@pytest.mark.parametrize("kernels", [(3, 1), ()])
+@pytest.mark.parametrize("grid", [(2, 2), (1, 1)])
 def test_gradients_by_finite_differences(kernels: tuple[int, ...], grid: tuple[int, int]) -> None:
-    made = adapters(width=4, layers=2, rank=2, router_width=2, kernels=kernels, learn_temperature=True).double()
-    given = patches(2, 4, grid).double().requires_grad_()
+    made = adapters(width=3, layers=2, rank=2, router_width=2, kernels=kernels, learn_temperature=True).double()
+    given = patches(2, 3, grid).double().requires_grad_()
     names = [name for name, _ in made.named_parameters() if "layers.1" not in name]
     values = [made.get_parameter(name).detach().requires_grad_() for name in names]
 
@@ -274,8 +275,7 @@ def formula(width: int, layers: int, rank: int, kernels: tuple[int, ...], count:
     return center + sites * layers * (layer + convolutions)
 
 
-@pytest.mark.parametrize(
-    ("options", "millions"),
+@pytest.mark.parametrize(("options", "millions"),
     [({}, 3.10), ({"kernels": ()}, 2.77), ({"rank": 64}, 1.70), ({"rank": 32}, 1.04), ({"rank": 16}, 0.72),
      ({"centers": 3}, 3.09)],
 )  # fmt: skip
@@ -370,7 +370,7 @@ def test_a_training_step_in_an_expert(expert: Expert, size: tuple[int, int], pre
     optimizer = torch.optim.AdamW([p for p in expert.parameters() if p.requires_grad], 1e-2)
     image = torch.rand(1, 1, *size)
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             maps = expert(image)
         loss = sum(m.float().square().mean() for m in maps)
@@ -437,12 +437,12 @@ def test_state_survives_saving(expert: Expert) -> None:
     assert torch.equal(other(image)[-1], expert(image)[-1])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "allowed"),
+@pytest.mark.parametrize(("key", "value", "allowed"),
     [("rank", -1, "at least 0"), ("rank", 1.5, "at least 0"), ("router_width", 0, "at least 1"),
-     ("num_experts", 0, "at least 1"), ("temperature", 0, "above 0"), ("temperature", float("nan"), "above 0"),
-     ("ls_init", float("inf"), "finite"), ("kernels", [4], "odd"), ("kernels", [3, 3], "odd"),
-     ("kernels", ["3"], "odd"), ("centers", 0, "at least 1"), ("centers", "stages", "'stage'")],
+     ("num_experts", 0, "at least 1"), *(("temperature", value, "a number above 0") for value in (0, math.nan, "1")),
+     ("ls_init", math.inf, "a finite number"), ("ls_init", "1", "a finite number"),
+     *(("kernels", value, "a list of different odd") for value in (3, "357", [4], [3, 3], ["3"], [3.0], [True])),
+     *(("centers", value, "'stage', or a whole number .* at least 1") for value in (0, "stages", True, 1.0))],
 )  # fmt: skip
 def test_refuses_values_out_of_range(key: str, value: object, allowed: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}=.*{allowed}") as caught:

@@ -78,6 +78,17 @@ def test_equations(execution: str, top_k: int, num_shared: int, renormalize: boo
         torch.testing.assert_close(found[task], expected[task], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("mixer", ["none", "deformable"])
+def test_without_the_residual_the_mixers_result_is_not_added(mixer: str) -> None:
+    one, other = (fgmoe(mixer=mixer, residual=residual).double() for residual in (True, False))
+    other.load_state_dict(one.state_dict())
+    x = features(dtype=torch.float64)
+    normal = one.norm(x.movedim(1, -1)).movedim(-1, 1)
+    for task in TASKS:
+        mixed = one.paths[f"task_{task}"].mixer(normal)
+        torch.testing.assert_close(one(x)[0][task] - other(x)[0][task], mixed, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("execution", ["dense", "gather"])
 def test_all_gates_at_one_is_the_undivided_mlp(execution: str) -> None:
     sliced = SlicedMLP(CHANNELS, 8, 4, 0, 4, execution).double()
@@ -394,21 +405,25 @@ def test_what_was_routed_is_kept_on_request(grid: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 9}, "top_k=9: expected 1 to 8"),
-        ({"top_k": 0}, "top_k=0: expected 1 to 8"),
-        ({"global_top_k": 5}, "global_top_k=5: expected 1 to 4"),
-        ({"global_top_k": 0}, "global_top_k=0: expected 1 to 4"),
-        ({"global_experts": 0, "global_top_k": 1}, "global_top_k=1: expected 1 to 0"),
-        ({"global_experts": -1}, "global_experts=-1: expected 0 or more"),
-        ({"num_shared": -1}, "num_shared=-1: expected 0 or more"),
+        ({"top_k": 9}, "top_k=9: expected a whole number from 1 to 8, the number of slices"),
+        ({"top_k": 0}, "top_k=0: expected a whole number from 1 to 8, the number of slices"),
+        ({"top_k": 1.5}, "top_k=1.5: expected a whole number from 1 to 8, the number of slices"),
+        ({"global_top_k": 5}, "global_top_k=5: expected a whole number from 1 to 4, the number of them"),
+        ({"global_top_k": 0}, "global_top_k=0: expected a whole number from 1 to 4, the number of them"),
+        ({"global_experts": 0, "global_top_k": 1}, "global_top_k=1 but global_experts=0: there is none to keep"),
+        ({"global_experts": -1}, "global_experts=-1: expected a whole number of at least 0"),
+        ({"global_experts": True}, "global_experts=True: expected a whole number of at least 0"),
+        ({"num_shared": -1}, "num_shared=-1: expected a whole number of at least 0"),
         ({"hidden": 60}, "hidden=60: expected a multiple of num_slices=8"),
         ({"num_slices": 0}, "num_slices=0"),
+        ({"num_slices": "8"}, "num_slices='8': expected a whole number"),
         ({"hidden": 0}, "hidden=0"),
         ({"spatial_dims": 4}, "spatial_dims=4: 2 or 3"),
         ({"mixer": "attention"}, "mixer='attention'.*deformable, convolution, none"),
         ({"granularity": "window"}, "granularity='window'.*token, image"),
         ({"execution": "fast"}, "execution='fast'.*auto, dense, gather"),
-        ({"balance_weight": -1.0}, "balance_weight=-1.0: expected 0 or more"),
+        ({"balance_weight": -1.0}, "balance_weight=-1.0: expected a number of at least 0"),
+        ({"balance_weight": "1e-4"}, "balance_weight='1e-4': expected a number of at least 0"),
         ({"tasks": []}, "tasks=.*at least one"),
         ({"tasks": ["a", "a"]}, "tasks=.*no name twice"),
     ],

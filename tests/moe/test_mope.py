@@ -330,19 +330,22 @@ def test_records_and_rows() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_prompts": 0}, "num_prompts=0: expected 1 or more"),
-        ({"num_experts": 0}, "num_experts=0: expected 1 or more"),
-        ({"temperature": 0.0}, r"temperature=0.0: expected above 0"),
+        ({"num_prompts": 0}, "num_prompts=0: expected a whole number of at least 1"),
+        ({"num_experts": 2.5}, "num_experts=2.5: expected a whole number of at least 1"),
+        ({"temperature": 0.0}, r"temperature=0.0: expected a number above 0"),
+        ({"temperature": "1"}, r"temperature='1': expected a number above 0"),
         ({"temperature": math.nan}, "temperature=nan"),
-        ({"noise": -1.0}, r"noise=-1.0: expected 0 or more"),
+        ({"noise": -1.0}, r"noise=-1.0: expected a number of at least 0"),
         ({"importance_weight": -0.1}, "importance_weight=-0.1"),
         ({"importance_threshold": -0.1}, "importance_threshold=-0.1"),
-        ({"query_widths": (2, 0)}, r"query_widths\[1\]=0: expected 1 or more"),
+        ({"query_widths": (2, 0)}, r"query_widths=\(2, 0\): expected two whole numbers of at least 1"),
+        ({"query_widths": (2,)}, r"query_widths=\(2,\): expected two whole numbers of at least 1"),
+        ({"query_widths": 10}, r"query_widths=10: expected two whole numbers of at least 1"),
         ({"mapper_width": 0}, "mapper_width=0"),
         ({"psi_width": 0}, "psi_width=0"),
-        ({"psi_dropout": 1.0}, r"psi_dropout=1.0: expected at least 0 and below 1"),
+        ({"psi_dropout": 1.0}, r"psi_dropout=1.0: expected a number of at least 0 and below 1"),
         ({"psi_dropout": -0.1}, "psi_dropout=-0.1"),
-        ({"image_width": 0}, "image_width=0: expected 1 or more for an image condition"),
+        ({"image_width": 0}, "image_width=0: expected a whole number of at least 1, for an image condition"),
         ({"router": "text"}, "router='text' is not known: choose one of multimodal, condition, image"),
         ({"importance_on": "top"}, "importance_on='top'"),
         ({"dynamic": False, "mapped": False}, "gives no prompt"),
@@ -352,6 +355,14 @@ def test_records_and_rows() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         mope(**settings)
+
+
+def test_an_expert_that_is_there_twice_has_two_names() -> None:
+    model = MoPE([STREAMS[0], STREAMS[0]], Schema(NUMBERS))
+    model.recording = True
+    for k in range(2):
+        model(k, 0, patches(), model.encode(None, BATCH))
+    assert [gate.receiver for gate in model.gates()] == ["first", "first (2)"]
 
 
 def test_nothing_to_condition_on_or_nobody_to_prompt() -> None:

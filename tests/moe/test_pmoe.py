@@ -12,6 +12,7 @@ from torch import Tensor
 from medmoe.errors import ConfigError
 from medmoe.moe import PMoE, State, Stream
 from medmoe.moe.pmoe import DISPATCHES, pool_patches
+from medmoe.moe.routing import distinct
 from tests.networks.small import swapped_experts
 
 BATCH, SLOTS = 2, 4
@@ -142,6 +143,22 @@ def test_routing_is_reported(dispatch: str) -> None:
         assert abs(sum(record.sources.values()) - 1) < 1e-5
 
 
+def test_an_expert_that_is_there_twice_has_two_names() -> None:
+    """Its usage and sources are told apart, and so are those of any third."""
+    same = [Stream("vit", (16, 16)), Stream("tiny", (16, 16)), Stream("vit", (16, 16)), Stream("vit", (16, 16))]
+    pmoe = PMoE(same, SLOTS)
+    names = ["vit", "tiny", "vit (2)", "vit (3)"]
+    assert [stream.name for stream in pmoe.streams] == names
+    pmoe.recording = True
+    prompts(pmoe)
+    records, gates = pmoe.routing(), pmoe.gates()
+    assert [record.expert for record in records] == names and [gate.receiver for gate in gates] == names
+    for record in records:
+        assert list(record.usage) == names and abs(sum(record.usage.values()) - 1) < 1e-5
+    assert all(len(set(gate.candidates)) == len(gate.candidates) for gate in gates)
+    assert distinct(["a (2)", "a", "a", ""]) == ["a (2)", "a", "a (3)", ""]
+
+
 def test_topk_uses_k_tokens_a_slot() -> None:
     pmoe = PMoE(streams(), SLOTS, "topk", top_k=3)
     pmoe.recording = True
@@ -220,7 +237,8 @@ def test_pooling_keeps_the_mean_and_the_limit() -> None:
 
 
 def test_refuses_unknown_settings() -> None:
-    for wrong in ({"dispatch": "sotf"}, {"form": "hard"}, {"exchange": "all"}, {"num_prompts": 0}):
+    numbers = ({"num_prompts": 0}, {"num_prompts": 2.5}, {"num_prompts": True}, {"top_k": "4"}, {"max_patches": 0})
+    for wrong in ({"dispatch": "sotf"}, {"form": "hard"}, {"exchange": "all"}, *numbers):
         with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
             PMoE(streams(), **wrong)
     with pytest.raises(ConfigError, match="no expert is prompted"):

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,18 @@ def test_tasks_and_conditions_travel_and_come_back_as_they_are(tmp_path: Path) -
     path = saved(tmp_path, network)
     assert tasks_of(path) == several_tasks() and conditions_of(path) == schema()
     assert load_checkpoint(path, network).tasks[1]["weight"] == 0.5
+
+
+def test_the_text_encoder_may_be_elsewhere_on_another_machine(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    network.schema = schema()  # type: ignore[assignment]
+    assert conditions_of(saved(tmp_path, network), "elsewhere").text_encoder == "minilm"  # there are no texts
+    texts = replace(schema(), columns=(*schema().columns, Column("report", "text")), text_sha256="ab" * 32)
+    network.schema = texts  # type: ignore[assignment]
+    path = saved(tmp_path, network)
+    moved = conditions_of(path, "elsewhere")
+    assert moved == conditions_of(path, "") == texts and moved.text_sha256 == "ab" * 32
+    assert (moved.text_encoder, conditions_of(path).text_encoder) == ("elsewhere", "minilm")
 
 
 def test_other_tasks_or_conditions_are_errors(tmp_path: Path) -> None:

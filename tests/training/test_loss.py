@@ -17,6 +17,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 from training.toy import ToyNetwork
 
+from medmoe.errors import ConfigError
 from medmoe.networks.network import Parts
 from medmoe.tasks import Task, single_task
 from medmoe.training.loss import PartsInferer, TaskLoss
@@ -201,6 +202,33 @@ def test_uncertainty_weighting() -> None:
     for name, variance in variances.items():
         assert variance.grad.item() == pytest.approx(1 - math.exp(-variance.item()) * each[name], rel=1e-4, abs=1e-5)
         assert loss.last[f"log_variance/{name}"] == pytest.approx(variance.item())
+
+
+@pytest.mark.parametrize("learned", ["nothing", "others", "all"])
+def test_weights_under_uncertainty_and_a_task_of_weight_0_trains_nothing(learned: str) -> None:
+    """Whether the network has an s_t for it or not: no loss, no s_t, no gradient, whatever its logits are."""
+    tasks = [Task(t.name, t.kind, t.names, of=t.of, weight=0.5 * index) for index, t in enumerate(EVERY)]
+    outputs, targets = ({t.name: make(t) for t in EVERY} for make in (logits_of, target_of))
+    with torch.no_grad():
+        outputs["tissue"][0, 0, 0, 0] = math.inf
+    known = {"nothing": [], "others": tasks[1:], "all": tasks}[learned]
+    variances = {t.name: torch.randn((), requires_grad=True) for t in known}
+    loss = TaskLoss(tasks)
+    value = loss(parts_of(outputs, log_variances=variances), targets)
+    each = {t.name: t.weight * loss.of(t, outputs[t.name], targets[t.name]).item() for t in tasks[1:]}
+    s = {name: variances[name].item() if variances else 0.0 for name in each}
+    assert value.item() == pytest.approx(sum(math.exp(-s[name]) * each[name] + s[name] for name in each), rel=1e-5)
+    value.backward()
+    assert outputs["tissue"].grad is None and not [name for name in loss.last if "tissue" in name]
+    for t in tasks[1:] if variances else []:
+        expected = 1 - math.exp(-s[t.name]) * each[t.name]
+        assert variances[t.name].grad.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert learned != "all" or variances["tissue"].grad is None
+
+
+def test_some_task_has_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"weight=0 in every task \(organs\)"):
+        TaskLoss([Task("organs", "labels", ("heart",), weight=0.0)])
 
 
 def test_half_precision_logits_and_metadata_give_a_plain_float32_loss() -> None:

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from training.toy import ToyNetwork, batch_of
 
+from medmoe.conditions import Column, Schema
 from medmoe.errors import ConfigError, MedMoEError
+from medmoe.moe import AdaRoute, FGMoE, MoPE, Stream
+from medmoe.moe.adaroute import RoutedAdapters
 from medmoe.training.optim import is_router, optimizer, parameter_counts, parameter_groups, schedule
 
 
@@ -55,6 +58,8 @@ EVERYTHING = {
     "prompter__dispatchers__weight": (2, 3),
     "conditioner__encoder__weight": (2, 3),
     "conditioner__encoder__bias": (3,),
+    "conditioner__encoder__nulls": (2, 3),
+    "conditioner__encoder__groups__embeddings__weight": (2, 3),
     "conditioner__sites__prompts": (2, 3),
     "conditioner__sites__key": (2, 3),
     "conditioner__sites__image_query__weight": (2, 3),
@@ -62,7 +67,9 @@ EVERYTHING = {
     "experts__lora_A__weight": (2, 3),
     "experts__key__weight": (2, 3),
     "experts__after__router__weight": (2, 3),
+    "experts__after__sharpness": (3,),
     "decoder__gates__weight": (2, 3),
+    "decoder__gates__embedding": (2, 3),
     "decoder__head__weight": (2, 3),
     "image_head__weight": (2, 3),
     "log_variances__organs": (),
@@ -73,7 +80,9 @@ ROUTERS = {
     "conditioner.sites.image_query.weight": (0.1, 1e-3),
     "conditioner.sites.image_query.bias": (0.0, 1e-3),
     "experts.after.router.weight": (0.1, 1e-3),
+    "experts.after.sharpness": (0.0, 1e-3),
     "decoder.gates.weight": (0.1, 1e-3),
+    "decoder.gates.embedding": (0.0, 1e-3),
 }
 
 
@@ -95,6 +104,22 @@ def test_routers_keep_the_rate_of_their_part_or_have_their_own() -> None:
         optimizer(network, router_lr=0)
 
 
+def test_embeddings_and_temperatures_of_the_methods_do_not_decay_to_nothing() -> None:
+    """By the names that the real modules have."""
+    network = nn.Module()
+    schema = Schema((Column("sex", "category", values=("f", "m")),))
+    network.conditioner = MoPE([Stream("vit", (8, 8))], schema)
+    network.experts = RoutedAdapters(AdaRoute(4, learn_temperature=True), "vit", [8, 8], [range(2)])
+    network.decoder = FGMoE(8, ["organs", "edges"])
+    decayed = {name for name, (decay, _) in rates(network).items() if decay}
+    vectors = {"conditioner.encoder.nulls", "conditioner.encoder.groups.0.embeddings.0.weight"}
+    vectors |= {"decoder.shared.gate.embedding"}
+    assert vectors <= dict(network.named_parameters()).keys() - decayed
+    assert {"conditioner.mapper.0.weight", "decoder.shared.gate.router.weight", "experts.centers.0.A"} <= decayed
+    sharp = [name for name in rates(network) if name.endswith("sharpness")]
+    assert len(sharp) == 2 and all(map(is_router, sharp))
+
+
 def test_prompts_that_conditions_choose_train_like_prompts() -> None:
     usual = rates(tree(**EVERYTHING))
     prompts = {name for name, rate in usual.items() if rate == (0.0, 2e-2)}
@@ -104,8 +129,8 @@ def test_prompts_that_conditions_choose_train_like_prompts() -> None:
 
 def test_every_part_is_counted() -> None:
     counts = parameter_counts(tree(**EVERYTHING))
-    parts = {"prompts": 12, "conditions": 30, "adapters": 18, "decoder": 18, "tasks": 1}
-    assert counts == {**parts, "trainable": 79, "total": 79}
+    parts = {"prompts": 12, "conditions": 42, "adapters": 21, "decoder": 24, "tasks": 1}
+    assert counts == {**parts, "trainable": 100, "total": 100}
 
 
 def test_schedule_warms_up_and_falls_after_every_optimizer_step_without_warnings() -> None:

@@ -177,6 +177,7 @@ def test_an_output_dir_that_is_a_file(bundle: Bundle, tmp_path: Path) -> None:
     assert f"output_dir: {tmp_path / 'taken'} is a file, expected a folder" in text
 
 
+AGE, NOTE = {"name": "age", "kind": "number"}, {"name": "note", "kind": "text"}
 GOOD: dict[str, Any] = {
     "seed": 3,
     "spatial_dims": 3,
@@ -190,6 +191,7 @@ GOOD: dict[str, Any] = {
     "resume": True,
     "general": "timm/vit_small_patch16_224",
     "medical": None,
+    "text_encoder": "",
     "fusion": "late",
     "split": "test",
 }
@@ -224,6 +226,30 @@ GOOD: dict[str, Any] = {
         ({"overlap": 1}, "overlap: found 1, expected a number of at least 0 below 1"),
         ({"site_range": [4, 2]}, "site_range: found [4, 2], expected a first and a last number"),
         ({"general": "", "medical": ""}, "general and medical: found neither"),
+        ({"general_size": 20}, "general_size: found 20, expected at least 32: timm/vit_small_patch16_224 cuts images"),
+        ({"num_prompts": 0}, "expected a whole number of at least 1 (for no prompts: --prompter none)"),
+        ({"prompter": "vtp"}, "expected one of pmoe, vpt, none. Did you mean vpt?"),
+        (
+            {"dispatch": "topk", "prompter": "pmoe", "num_prompts": 2, "top_k": 261},
+            "top_k: found 261, expected 1 to 260",
+        ),
+        ({"decoder": "fgmoe", "fgmoe_slices": 4, "fgmoe_top_k": 5}, "fgmoe_top_k: found 5, expected 1 to 4"),
+        (
+            {"decoder": "fgmoe", "fgmoe_slices": 3, "decoder_channels": 4},
+            "fgmoe_slices: found 3, expected a divisor of 16",
+        ),
+        ({"tasks": "organs"}, "tasks: found 'organs', expected a list of objects with name, kind and names"),
+        (
+            {"tasks": [{"name": "a", "kind": "image", "names": ["b"]}]},
+            "tasks: task 1 (a): names: found ['b'], expected",
+        ),
+        ({"conditions": [{"name": "age"}]}, "conditions: condition 1 (age): kind is None, expected one of number, "),
+        ({"conditions": [NOTE]}, "text_encoder: found none, expected a name or path for transformers: note is a text"),
+        ({"conditions": [AGE], "prompt_general": False}, "conditions: they enter through prompts, but no expert is"),
+        ({"conditions": [AGE], "condition_expert": 1}, "condition_expert: found 1, expected 0 to 0: the experts are"),
+        ({"missing_conditions": 1.5}, "missing_conditions: found 1.5, expected a number from 0 to 1"),
+        ({"adaroute_kernels": [4]}, "adaroute_kernels: found [4], expected a list of odd sizes"),
+        ({"resize": [64, 64]}, "resize: found [64, 64], expected 3 values, because spatial_dims is 3"),
     ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
@@ -308,6 +334,18 @@ def test_none_on_the_command_line_is_not_lost_in_silence(bundle: Bundle, tmp_pat
 def test_weights_by_file_have_to_be_there() -> None:
     assert missing_paths({"general_weights": "random", "medical_weights": None}, []) == []
     assert "general_weights: there is no 'w.pt'" in missing_paths({"general_weights": "w.pt"}, [])[0]
+
+
+def test_a_table_need_not_be_given_to_predict_but_has_to_be_there(bundle: Bundle, tmp_path: Path) -> None:
+    for folder in ("out", "scans"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / "best.safetensors").touch()
+    overlay = {"initialize": ["$preflight(kind='inference')", "$(@input, @table)"], "input": "scans", "table": None}
+    bundle(overlay).initialize()
+    text = complaint(bundle(overlay, table="ages.csv"))
+    assert "table: there is no 'ages.csv'. Give a CSV file with a row for each input, or nothing" in text
+    (tmp_path / "ages.csv").touch()
+    bundle(overlay, table="ages.csv").initialize()
 
 
 @pytest.mark.slow
