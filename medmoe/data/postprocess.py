@@ -101,7 +101,7 @@ class TaskResults(Transform):
             return {**sample, "pred": predictions[self.tasks[0].name]}
         probabilities = predictions[self.main.name]
         if not self.with_label:
-            return {**sample, "pred": _decided(self.main, probabilities)}
+            return {**sample, "pred": decided(self.main, probabilities)}
         pred, label, labelled = _compared(self.main, probabilities, plain(targets[self.main.name]))
         sample["pred"], sample["label"] = (MetaTensor(one, meta=probabilities.meta) for one in (pred, label))
         return {**sample, "labelled": labelled}
@@ -134,7 +134,7 @@ def _activated(task: Task, logits: Tensor) -> Tensor:
     return logits.clamp(-1, 1) if task.kind == "distance" else logits.sigmoid()
 
 
-def _decided(task: Task, probabilities: Tensor) -> Tensor:
+def decided(task: Task, probabilities: Tensor) -> Tensor:
     """The classes or labels of an image without a target."""
     chosen = probabilities.argmax(0, keepdim=True) if task.kind == "classes" else probabilities >= 0.5
     return chosen.to(torch.uint8)
@@ -143,15 +143,15 @@ def _decided(task: Task, probabilities: Tensor) -> Tensor:
 def _compared(task: Task, probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction and target as one-hot channels, 0 where the target is not labelled, and which channels are."""
     known = target != UNLABELLED
-    decided = plain(_decided(task, probabilities))
+    chosen = plain(decided(task, probabilities))
     if task.kind == "classes":
         count = len(task.names)
         pred, label = (
             one_hot(mask[0].long().clamp(max=count - 1), count).movedim(-1, 0).float() * known
-            for mask in (decided, target)
+            for mask in (chosen, target)
         )
         return pred, label, known.any().expand(count)
-    pred, label = (_with_none((mask == 1) & known) for mask in (decided, target))
+    pred, label = (_with_none((mask == 1) & known) for mask in (chosen, target))
     drawn = known.flatten(1).any(1)
     return pred, label, torch.cat([drawn.any()[None], drawn])
 

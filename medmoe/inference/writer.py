@@ -27,14 +27,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import torch
 from ignite.engine import Engine, Events
 from PIL import Image, ImageColor
 from scipy.ndimage import maximum_filter, minimum_filter
-from torch import Tensor
 
 from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
-from medmoe.data.postprocess import main_task
+from medmoe.data.postprocess import decided, main_task
 from medmoe.errors import DataError, some
 from medmoe.files import atomic_path, write_text
 from medmoe.inference.inputs import InputDataset, first_file
@@ -133,12 +131,6 @@ def image_columns(tasks: Sequence[Task], result: Mapping[str, Any]) -> dict[str,
         columns[task.name] = task.names[max(range(task.channels), key=probabilities.__getitem__)]
         columns |= {f"{task.name}: {name}": f"{p:.4f}" for name, p in zip(task.names, probabilities, strict=True)}
     return columns
-
-
-def decided(task: Task, probabilities: Tensor) -> Tensor:
-    """Masks (1, H, W[, D]) of classes or (labels, H, W[, D]) of a task from its probabilities (C, H, W[, D])."""
-    chosen = probabilities.argmax(0, keepdim=True) if task.kind == "classes" else probabilities >= 0.5
-    return chosen.to(torch.uint8)
 
 
 def mask_paths(output: Path, case: str, source: Path, tasks: Sequence[Task]) -> dict[Task, list[Path]]:

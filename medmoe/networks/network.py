@@ -48,8 +48,8 @@ class ExpertNetwork(ExpertTrunk):
         in_channels: of the image.
         decoder: makes the decoder of the dense tasks, a partial :class:`medmoe.decoders.FusionDecoder`.
         neighbors: in 3-D with one channel, show each expert the slices before, at and after as three channels.
-        task_weighting: "fixed", or "uncertainty": a learned log-variance s_t for each task, whose loss becomes
-            exp(-s_t) L_t + s_t (our reading of Kendall, Gal and Cipolla, CVPR 2018).
+        task_weighting: "fixed", or "uncertainty": a learned log-variance s_t for each task of a weight w_t above 0,
+            whose loss becomes w_t exp(-s_t) L_t + s_t (our reading of Kendall, Gal and Cipolla, CVPR 2018).
         trunk: the arguments of :class:`medmoe.networks.trunk.ExpertTrunk`.
 
     Raises:
@@ -192,7 +192,7 @@ class ExpertNetwork(ExpertTrunk):
     def named_routers(self) -> Iterator[tuple[Router, str]]:
         """Each router, and for those of a decoder with a head for each expert the name of that expert, else ""."""
         heads = [] if self.decoder is None else [head.refine for head in self.decoder.heads]
-        names = [expert.name for expert in self.encoders] if len(heads) > 1 else [""] * len(heads)
+        names = self.names if len(heads) > 1 else [""] * len(heads)
         parts: list[tuple[object, str]] = [(self.prompter, ""), (self.conditioner, "")]
         parts += [(expert.after, "") for expert in self.encoders] + list(zip(heads, names, strict=True))
         for part, name in parts:

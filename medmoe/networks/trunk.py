@@ -18,6 +18,7 @@ from medmoe.conditions import Schema
 from medmoe.errors import ConfigError, one_of
 from medmoe.experts.base import Expert, Tokens
 from medmoe.moe.pmoe import PMoE, State, Stream
+from medmoe.moe.routing import distinct
 from medmoe.networks.cache import FeatureCache, stack_maps
 from medmoe.networks.precision import autocast
 
@@ -125,6 +126,10 @@ class ExpertTrunk(nn.Module):
         self.adapted = [
             attach(a, e) for a, e in zip(one_each("adapters", adapters, len(experts)), experts, strict=True)
         ]
+        self.names = distinct([expert.name or f"expert{k}" for k, expert in enumerate(experts)])
+        for expert, name in zip(experts, self.names, strict=True):
+            if expert.after is not None:
+                expert.after.receiver = name
         self.lay_out_sites(num_sites, site_range)
         self.prompter: PMoE | None = None
         self.conditioner: MoPE | None = None
@@ -175,7 +180,7 @@ class ExpertTrunk(nn.Module):
         first, last = self.first_site, self.last_site + 1
         return [
             Stream(
-                expert.name or f"expert{k}",
+                self.names[k],
                 tuple(expert.widths[run.start] for run in self.sites[k][first:last] if prompted),
                 expert.patch,
                 prompted,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmoe.moe.routing import Gates, shares
-from medmoe.training.pictures import PALETTE, color, thinning, tint, write_figure
+from medmoe.training.pictures import PALETTE, color, thinning, tinted, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,10 +231,8 @@ def slices_picture(
             axes.set_axis_off()
         over.imshow(colors[map_[::step, ::step]], alpha=0.6, aspect=aspect, interpolation="nearest")
         areas = (outlines or {}).get(name.split("/")[0], ())
-        layer = np.zeros((*image.shape[:2], 4), np.float32)
-        for index, area in enumerate(areas, 1):
-            tint(layer, area[::step, ::step], color(index))
-        plain.imshow(layer, aspect=aspect, interpolation="nearest")
+        drawn = [(color(index), area[::step, ::step]) for index, area in enumerate(areas, 1)]
+        plain.imshow(tinted(drawn, image.shape[:2]), aspect=aspect, interpolation="nearest")
         plain.set_title("image" if len(areas) == 0 else f"{name}: prediction", fontsize=9)
         over.set_title(f"{name}: winning slice", fontsize=9)
         won = np.bincount(map_.ravel(), minlength=len(candidates)) / map_.size
