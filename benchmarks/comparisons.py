@@ -142,23 +142,34 @@ def run_cell(name: str, variant: str, seed: int, settings: dict[str, Any], scrat
         "variant": variant,
         "seed": seed,
         "overrides": comparison.variants[variant],
-        "cases": read_cases(evaluation),
+        "cases": nameless(read_cases(evaluation)),
         "seconds": rows[-1]["seconds"],
         "memory": peak_memory(),
-        "routing": {row["epoch"]: row["routing"] for row in rows if row.get("routing")},
+        "routing": {row["epoch"]: rounded(row["routing"]) for row in rows if row.get("routing")},
         "settings": {key: value for key, value in record["settings"].items() if "dir" not in key},
         **{key: record.get(key) for key in ("parameters", "cost", "versions", "hardware", "experts", "data")},
     }
 
 
-def case_scores(result: dict[str, Any], metric: str) -> dict[str, float]:
-    """A metric of every case that has it; the mean over the columns that belong to it."""
+def rounded(metrics: dict[str, float]) -> dict[str, float]:
+    """Four decimals are enough for shares and entropies."""
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
+def nameless(content: dict[str, Any]) -> dict[str, Any]:
+    """The scores of ``cases.json`` without names and labels of the cases, whose order is that of the test split."""
+    rows = [{key: value for key, value in row.items() if key.startswith("val_")} for row in content["cases"]]
+    return {**content, "cases": rows}
+
+
+def case_scores(result: dict[str, Any], metric: str) -> dict[int, float]:
+    """A metric of every case that has it, by its place; the mean over the columns that belong to it."""
     prefix = metric.replace("mean_", "")
     found = {}
-    for row in result["cases"]["cases"]:
+    for place, row in enumerate(result["cases"]["cases"]):
         values = [v for key, v in row.items() if key.startswith(prefix) and isinstance(v, float)]
         if values:
-            found[row["case"]] = float(np.mean(values))
+            found[place] = float(np.mean(values))
     return found
 
 

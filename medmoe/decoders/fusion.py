@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medmoe.errors import ConfigError, one_of
 from medmoe.tasks import Task
 
-FUSIONS = ("concat", "gated", "late")
+FUSIONS = ("concat", "mean", "gated", "late")
 
 
 def convolution(spatial_dims: int, channels: int, out: int, kernel: int) -> nn.Module:
@@ -150,8 +150,8 @@ class FusionDecoder(nn.Module):
         tasks: the dense ones, at least one.
         spatial_dims: 2 or 3. In 3-D the experts' maps come slice by slice and the convolutions run over all axes.
         channels: width of the fused features.
-        fusion: "concat": concatenated and projected; "gated": a softmax over the experts at each token; "late": a head
-            for each expert, whose logits are summed, with a loss of its own each.
+        fusion: "concat": concatenated and projected; "mean": averaged; "gated": a softmax over the experts at each
+            token; "late": a head for each expert, whose logits are summed, with a loss of its own each.
         stem: channels of the convolutions on the full-resolution image, which keep thin structures; 0 for none.
         refine: makes what turns fused features into those of each task: :class:`Refinement` (plain, shared by the
             tasks) or a partial :class:`medmoe.moe.FGMoE`.
@@ -210,6 +210,8 @@ class FusionDecoder(nn.Module):
         """One map of all experts' features."""
         if len(features) == 1:
             return features[0]
+        if self.fusion == "mean":
+            return torch.stack(list(features)).mean(0)
         together = torch.cat(list(features), 1)
         if self.fusion == "concat":
             return self.join(together)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import re
@@ -17,8 +18,10 @@ from medmoe.data.datalist import SPLITS
 from medmoe.decoders.fusion import FUSIONS
 from medmoe.errors import ExpertError
 from medmoe.experts import catalog
-from medmoe.moe.mope import ROUTERS
-from medmoe.moe.pmoe import DISPATCHES, EXCHANGES, FORMS
+from medmoe.moe.adaroute import AdaRoute
+from medmoe.moe.fgmoe import FGMoE
+from medmoe.moe.mope import ROUTERS, MoPE
+from medmoe.moe.pmoe import DISPATCHES, EXCHANGES, FORMS, PMoE
 from medmoe.networks.network import WEIGHTINGS
 from medmoe.networks.precision import PRECISIONS
 from medmoe.networks.trunk import CONDITIONINGS
@@ -158,6 +161,20 @@ def kernels(value: Any) -> str:
     return "" if good else "a list of odd sizes, such as [3, 5, 7], or [] for no convolutions"
 
 
+def options(method: Callable[..., Any], *settings: str) -> Rule:
+    """Further arguments of a method, without those that have settings of their own. The method judges the values."""
+    arguments = inspect.signature(method).parameters.items()
+    known = [name for name, given in arguments if given.default is not given.empty and name not in settings]
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, Mapping):
+            return "names and values of arguments, such as {'name': 1}, or {} for none"
+        wrong = [str(name) for name in value if name not in known]
+        return f"arguments out of {', '.join(known)}. {nearest(wrong[0], known)}".strip() if wrong else ""
+
+    return rule
+
+
 def channels(value: Any) -> str:
     """Three channels of the image, counted from 0."""
     good = isinstance(value, (list, tuple)) and len(value) == 3 and not any(map(whole(0), value))
@@ -214,6 +231,10 @@ RULES: Mapping[str, Rule] = {
     **{f"{name}_lora_targets": optional(names) for name in EXPERTS},
     **{f"{name}_adaroute": whole(0) for name in EXPERTS},
     "adaroute_kernels": kernels,
+    "pmoe_options": options(PMoE, "num_prompts", "dispatch", "form", "exchange", "top_k", "shared"),
+    "mope_options": options(MoPE, "image_width", "num_prompts", "num_experts", "router", "psi_dropout"),
+    "adaroute_options": options(AdaRoute, "rank", "kernels"),
+    "fgmoe_options": options(FGMoE, "spatial_dims", "num_slices", "top_k"),
     "tasks": optional(tasks),
     "task_weighting": one_of(*WEIGHTINGS),
     "table": optional(text),

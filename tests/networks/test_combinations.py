@@ -43,7 +43,7 @@ CONDITIONERS = {"none": None, "mope": MOPE}
 ADAPTERS = {"none": None, "lora": LoRA(2), "adaroute": AdaRoute(4), "both": [[LoRA(2), AdaRoute(4)]] * 2}
 DECODERS = {
     f"{fusion}, {name}": partial(FusionDecoder, channels=8, stem=4, fusion=fusion, **refine)
-    for fusion in ("concat", "gated", "late")
+    for fusion in ("concat", "mean", "gated", "late")
     for name, refine in {"plain": {}, "fgmoe": {"refine": partial(FGMoE, num_slices=4, top_k=2)}}.items()
 }
 SLOTS = ("prompter", "conditioner", "adapters", "decoder")
