@@ -34,6 +34,8 @@ from medmoe.training.routing_pictures import groups_picture, mean_shares, shares
 
 MOST_GROUPS = 12
 """With more groups a picture of their means says nothing."""
+FEWEST_CASES = 2
+"""A group of a single patient is no mean, and is nobody's business."""
 COLUMNS = ("case", "router", "receiver", "site", "part", "candidate", "share")
 
 
@@ -310,6 +312,7 @@ class RoutingTable:
             for _, gates, groups in self.cases:
                 if name in groups:
                     cases.setdefault(groups[name], []).append([gate for gate in gates if gate.router == "mope"])
+            cases = {group: each for group, each in cases.items() if len(each) >= FEWEST_CASES}
             if 1 < len(cases) <= MOST_GROUPS and all(gates for each in cases.values() for gates in each):
                 ordered = {group: cases[group] for group in sorted(cases)}
                 groups_picture(ordered, self.folder / f"routing_by_{name}.png", name)

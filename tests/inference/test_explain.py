@@ -168,8 +168,9 @@ def test_late_fusion_and_image_level_tasks_alone_can_be_drawn(tmp_path: Path) ->
 def test_a_split_becomes_a_table_and_groups(tmp_path: Path) -> None:
     net = network()
     inferer, handler = sliding_window([32, 32], 2), RoutingTable(net, tmp_path)
-    items = [{**sample(32, 32, case=f"case {n}"), "finding": torch.tensor(n % 2)} for n in range(4)]
-    items[0]["condition"]["categories"] = torch.tensor([0])
+    items = [{**sample(32, 32, case=f"case {n}"), "finding": torch.tensor(n % 2)} for n in range(5)]
+    for n, sex in enumerate((0, 2, 2, 1, 1)):  # a group of one is not shown
+        items[n]["condition"]["categories"] = torch.tensor([sex])
 
     def step(engine: Engine, item: dict[str, Any]) -> None:
         engine.state.batch = [item]
