@@ -299,3 +299,27 @@ def test_uncertainty_weighting_learns_a_scalar_for_each_task() -> None:
     unweighted = [*TASKS[:3], Task("finding", "image", ("none", "nodule"), weight=0)]
     parts = network(FULL, tasks=unweighted, task_weighting="uncertainty").parts(torch.rand(1, 1, 32, 32))
     assert "finding" in parts.outputs and "finding" not in parts.log_variances
+
+
+def test_a_condition_that_decides_is_learned() -> None:
+    """The class follows from a category and the image is noise: through the dispatchers, the network learns it."""
+    from medmoe.training.optim import optimizer
+
+    net = network(("pmoe", "mope", "none", "concat, plain"), tasks=TASKS[3:]).train()
+    steps = optimizer(net, lr=1e-3, prompt_lr=3e-3)
+
+    def draw(count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        label = torch.randint(0, 2, (count,))
+        return torch.rand(count, 1, 32, 32), {**condition(count), "categories": label[:, None] + 1}, label
+
+    for _ in range(120):
+        image, given, label = draw(8)
+        parts = net.parts(image, given)
+        loss = torch.nn.functional.cross_entropy(parts.outputs["finding"], label) + sum(parts.auxiliary.values())
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+    image, given, label = draw(64)
+    with torch.no_grad():
+        assert (net.eval()(image, given).argmax(1) == label).float().mean() > 0.9
+        assert (net(image).argmax(1) == label).float().mean() < 0.8  # without it there is nothing to know
