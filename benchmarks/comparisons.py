@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from few_label_grid import bootstrap, file_name
+from few_label_grid import bootstrap, file_name, run_missing
 
 ROOT = Path(__file__).resolve().parents[1]
 ORGANS = ["left lung", "right lung", "heart", "left clavicle", "right clavicle"]
@@ -284,22 +280,7 @@ def run_cells(arguments: argparse.Namespace) -> None:
     variants = COMPARISONS[arguments.comparison].variants
     wanted = [v for v in variants if not arguments.variants or any(part in v for part in arguments.variants)]
     cells = [(variant, seed) for seed in arguments.seeds for variant in wanted]
-
-    def start(cell: tuple[str, int]) -> None:
-        if (arguments.output / f"{file_name(*cell)}.json").exists():
-            return
-        command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--cell", cell[0], str(cell[1])]
-        log = arguments.scratch / arguments.comparison / f"{file_name(*cell)}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
-        with open(log, "w") as file:
-            code = subprocess.run(
-                command, stdout=file, stderr=file, env={**os.environ, **threads}, check=False
-            ).returncode
-        print(f"{cell[0]}, seed {cell[1]}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(start, cells))
+    run_missing(__file__, cells, arguments.output, arguments.scratch / arguments.comparison, arguments.jobs)
     results = [json.loads(path.read_text()) for path in sorted(arguments.output.glob("*-seed*.json"))]
     (arguments.output / "report.md").write_text(report(arguments.comparison, results))
     print((arguments.output / "report.md").read_text())

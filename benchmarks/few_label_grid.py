@@ -184,26 +184,31 @@ def main() -> None:
     run_grid(arguments)
 
 
-def run_grid(arguments: argparse.Namespace) -> None:
-    """Runs what is missing, in processes of their own, and writes the report."""
-    wanted = [m for m in METHODS if not arguments.methods or any(part in m for part in arguments.methods)]
-    cells = [(method, seed) for seed in arguments.seeds for method in wanted]
+def run_missing(script: str, cells: list[tuple[str, int]], output: Path, scratch: Path, jobs: int) -> None:
+    """Runs this command line once more, with --cell, for every cell without a result in ``output``."""
 
     def start(cell: tuple[str, int]) -> None:
-        if (arguments.output / f"{file_name(*cell)}.json").exists():
+        if (output / f"{file_name(*cell)}.json").exists():
             return
-        command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--cell", cell[0], str(cell[1])]
-        log = arguments.scratch / f"{file_name(*cell)}.log"
+        command = [sys.executable, script, *sys.argv[1:], "--cell", cell[0], str(cell[1])]
+        log = scratch / f"{file_name(*cell)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
+        threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
         with open(log, "w") as file:
             code = subprocess.run(
                 command, stdout=file, stderr=file, env={**os.environ, **threads}, check=False
             ).returncode
         print(f"{cell[0]}, seed {cell[1]}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(start, cells))
+
+
+def run_grid(arguments: argparse.Namespace) -> None:
+    """Runs what is missing, in processes of their own, and writes the report."""
+    wanted = [m for m in METHODS if not arguments.methods or any(part in m for part in arguments.methods)]
+    cells = [(method, seed) for seed in arguments.seeds for method in wanted]
+    run_missing(__file__, cells, arguments.output, arguments.scratch, arguments.jobs)
     for method, parts in AVERAGES.items():
         for seed in arguments.seeds:
             if all((arguments.scratch / file_name(part, seed) / "labels.npy").exists() for part in parts):

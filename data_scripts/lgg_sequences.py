@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from medmoe.data.making import digest, make_folder, split_by_patient
+from medmoe.data.making import command, digest, make_folder, split_by_patient
 from medmoe.data.table import Table, read_table
-from medmoe.errors import DataError, MedMoEError, one_line, some
+from medmoe.errors import DataError, one_line, some
 from medmoe.progress import track
 
 SCRIPT = "data_scripts/lgg_sequences.py"
@@ -57,13 +57,7 @@ License of the data set: CC BY-NC-SA 4.0. Redistribution is allowed for non-comm
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        make(options.source, options.output, options.seed, options.force)
-    except MedMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(_parser(), make, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from medmoe.data.making import digest, make_folder, split_by_patient
-from medmoe.errors import DataError, MedMoEError, one_line, some
+from medmoe.data.making import command, digest, make_folder, split_by_patient
+from medmoe.errors import DataError, one_line, some
 from medmoe.progress import track
 
 SCRIPT = "data_scripts/sunnybrook_frames.py"
@@ -55,13 +55,7 @@ class Frame(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        make(options.source, options.output, options.seed, options.force)
-    except MedMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(_parser(), make, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +17,19 @@ from typing import Any
 import numpy as np
 
 from medmoe.data.splits import write_split
-from medmoe.errors import DataError
+from medmoe.errors import DataError, MedMoEError
 
 RECORD = "made_by.json"
+
+
+def command(parser: argparse.ArgumentParser, make: Callable[..., None], arguments: Sequence[str] | None) -> int:
+    """Runs a script that makes a data set: ``make`` with the options by name. Returns the exit status."""
+    try:
+        make(**vars(parser.parse_args(arguments)))
+    except MedMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def make_folder(output: Path, recipe: Mapping[str, Any], write: Callable[[Path], None], force: bool = False) -> bool:
