@@ -262,7 +262,8 @@ def count_saved(network: nn.Module, given: Sequence[Any]) -> int:
     boxes: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Saved:
-        box = Saved(tensor)
+        # Detached: an operation that saves its own output would hold itself through it, for ever.
+        box = Saved(tensor.detach())
         boxes.add(box)
         return box
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -192,3 +193,17 @@ def test_a_complete_condition_has_what_the_schema_says() -> None:
         "image": (2, 2, 8, 6),
     }
     assert found["categories"].eq(1).all()
+
+
+def test_nothing_of_the_measurement_stays_in_memory() -> None:
+    """An operation that saves its own output, as softmax does, must not hold itself through the hook."""
+    network = nn.Sequential(nn.Linear(64, 64), nn.Softmax(-1), nn.Linear(64, 64), nn.Sigmoid())
+
+    def held() -> int:
+        gc.collect()
+        storages = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    before = held()
+    cost(network, (4096, 64))
+    assert held() - before < 4096 * 64 * 4
