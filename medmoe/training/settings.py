@@ -16,7 +16,7 @@ from typing import Any
 from medmoe.data.conditions import condition_problems
 from medmoe.data.datalist import SPLITS
 from medmoe.decoders.fusion import FUSIONS
-from medmoe.errors import ExpertError
+from medmoe.errors import ExpertError, Rule, optional, whole
 from medmoe.experts import catalog
 from medmoe.moe.adaroute import AdaRoute
 from medmoe.moe.fgmoe import FGMoE
@@ -30,9 +30,6 @@ from medmoe.training.mismatch import EXPERTS
 
 PROMPTERS = ("pmoe", "vpt", "none")
 DECODERS = ("plain", "fgmoe")
-
-Rule = Callable[[Any], str]
-"""Gives "" for a value that will do, and what was expected otherwise."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -50,16 +47,6 @@ def number(least: float | None = None, above: float | None = None, below: float 
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < below
         good = good and (least is None or value >= least) and (above is None or value > above)
         return "" if good else expected
-
-    return rule
-
-
-def whole(least: int) -> Rule:
-    """A whole number of at least ``least``."""
-
-    def rule(value: Any) -> str:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return "" if good else f"a whole number of at least {least}"
 
     return rule
 
@@ -100,11 +87,6 @@ def prompt_count(value: Any) -> str:
 def fraction(value: Any) -> str:
     """A share, from 0 to 1."""
     return "a number from 0 to 1" if number(least=0)(value) or value > 1 else ""
-
-
-def optional(rule: Rule) -> Rule:
-    """``None``, or what ``rule`` wants."""
-    return lambda value: "" if value is None else rule(value)
 
 
 def each(rule: Rule) -> Rule:
@@ -362,12 +344,13 @@ def dispatch_contradictions(settings: Mapping[str, Any]) -> list[str]:
         return []
     count = len(used_experts(settings))
     extra = settings.get("mope_prompts") or 0 if settings.get("conditions") else 0
-    most = MOST_PATCHES + 2 * count * prompts + extra
+    patches = (settings.get("pmoe_options") or {}).get("max_patches", MOST_PATCHES)
+    most = patches + 2 * count * prompts + extra
     if top_k <= most:
         return []
     return [
         f"top_k: found {top_k}, expected 1 to {most}, the tokens that a dispatcher can choose from at most "
-        f"({MOST_PATCHES} patches, and the prompts of {count} expert(s) with their outputs)"
+        f"({patches} patches, and the prompts of {count} expert(s) with their outputs)"
     ]
 
 
@@ -379,8 +362,9 @@ def decoder_contradictions(settings: Mapping[str, Any]) -> list[str]:
     found = []
     if top_k and top_k > slices:
         found.append(f"fgmoe_top_k: found {top_k}, expected 1 to {slices}, because fgmoe_slices is {slices}")
-    hidden = 4 * (settings.get("decoder_channels") or 0)
-    if hidden % slices:
+    hidden = (settings.get("fgmoe_options") or {}).get("hidden")
+    if hidden is None and 4 * (settings.get("decoder_channels") or 0) % slices:
+        hidden = 4 * settings["decoder_channels"]
         found.append(
             f"fgmoe_slices: found {slices}, expected a divisor of {hidden}, the hidden width (4 x decoder_channels)"
         )

@@ -359,3 +359,13 @@ def test_on_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
     assert "max_epoch: nothing reads this key. Did you mean max_epochs?" in done.stderr
     assert "num_labeled: nothing reads this key." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_an_option_of_a_method_says_counts() -> None:
+    """A hidden width of its own decides which slices can be cut, a number of patches how many tokens there are."""
+    fgmoe = {"decoder": "fgmoe", "decoder_channels": 64, "fgmoe_slices": 7}
+    assert "expected a divisor of 256" in problems(fgmoe)[0]
+    assert problems({**fgmoe, "fgmoe_options": {"hidden": 84}}) == []
+    topk = {"prompter": "pmoe", "dispatch": "topk", "num_prompts": 2, "top_k": 30, "general": "dinov2_vits14"}
+    assert problems(topk) == []
+    assert "expected 1 to 8" in problems({**topk, "pmoe_options": {"max_patches": 4}})[0]
