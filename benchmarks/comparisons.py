@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from few_label_grid import bootstrap, file_name, run_missing
+from few_label_grid import bootstrap, file_name, grid_parser, run_missing, settings_of, write_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 ORGANS = ["left lung", "right lung", "heart", "left clavicle", "right clavicle"]
@@ -253,24 +252,15 @@ def routing_lines(results: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = grid_parser(__doc__, "comparisons")
     parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", help="only variants whose names contain one of these")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="further settings of the bundle")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "comparisons")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a process with one thread each")
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    settings: dict[str, Any] = {"dataset_dir": arguments.dataset_dir}
-    settings |= {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.cell:
         variant, seed = arguments.cell[0], int(arguments.cell[1])
-        result = run_cell(arguments.comparison, variant, seed, settings, arguments.scratch)
-        (arguments.output / f"{file_name(variant, seed)}.json").write_text(json.dumps(result, indent=1) + "\n")
+        result = run_cell(arguments.comparison, variant, seed, settings_of(arguments), arguments.scratch)
+        write_cell(arguments.output, variant, seed, result)
         return
     run_cells(arguments)
 

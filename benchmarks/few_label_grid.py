@@ -160,26 +160,41 @@ def report(results: list[dict[str, Any]], reference: str = "medical, LoRA") -> s
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def grid_parser(description: str | None, scratch: str) -> argparse.ArgumentParser:
+    """The options of every grid of runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results: a JSON a cell, report.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_labelled", type=int, default=32)
-    parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="further settings of the bundle")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "few_label_grid")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / scratch)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a process with one thread each")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The bundle's settings that the command line names."""
+    pairs = (item.partition("=") for item in arguments.set)
+    return {"dataset_dir": arguments.dataset_dir, **{key: json.loads(value) for key, _, value in pairs}}
+
+
+def write_cell(output: Path, name: str, seed: int, result: dict[str, Any]) -> None:
+    """Writes the result of a cell, after which it is not run again."""
+    (output / f"{file_name(name, seed)}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = grid_parser(__doc__, "few_label_grid")
+    parser.add_argument("--num_labelled", type=int, default=32)
+    parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these")
     arguments = parser.parse_args()
-    settings = {"dataset_dir": arguments.dataset_dir, "num_labelled": arguments.num_labelled}
-    settings |= {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    settings = {"num_labelled": arguments.num_labelled, **settings_of(arguments)}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.cell:
         method, seed = arguments.cell[0], int(arguments.cell[1])
-        result = run_cell(method, seed, settings, arguments.scratch)
-        (arguments.output / f"{file_name(method, seed)}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_cell(arguments.output, method, seed, run_cell(method, seed, settings, arguments.scratch))
         return
     run_grid(arguments)
 
@@ -212,8 +227,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     for method, parts in AVERAGES.items():
         for seed in arguments.seeds:
             if all((arguments.scratch / file_name(part, seed) / "labels.npy").exists() for part in parts):
-                result = average_cell(method, seed, arguments.scratch)
-                (arguments.output / f"{file_name(method, seed)}.json").write_text(json.dumps(result, indent=1) + "\n")
+                write_cell(arguments.output, method, seed, average_cell(method, seed, arguments.scratch))
     results = [json.loads(path.read_text()) for path in sorted(arguments.output.glob("*-seed*.json"))]
     (arguments.output / "report.md").write_text(report(results))
     print((arguments.output / "report.md").read_text())

@@ -11,7 +11,6 @@ FLAIR: where the post-contrast one equals it, it is left out, so that it counts 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shutil
 import sys
@@ -57,16 +56,7 @@ License of the data set: CC BY-NC-SA 4.0. Redistribution is allowed for non-comm
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    return command(_parser(), make, arguments)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with images/, masks/ and clinical.csv")
-    parser.add_argument("--output", type=Path, default=Path("lgg_sequences"), help="to make (default: lgg_sequences)")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
-    parser.add_argument("--force", action="store_true", help="make it again, even if it is there")
-    return parser
+    return command(make, __doc__, "images/, masks/ and clinical.csv", "lgg_sequences", arguments)
 
 
 def make(source: Path, output: Path, seed: int = 0, force: bool = False) -> None:

@@ -10,7 +10,6 @@ the myocardium: they get no file for it, which means not labelled, and not that 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -55,18 +54,7 @@ class Frame(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    return command(_parser(), make, arguments)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with dicom/ and masks/")
-    parser.add_argument(
-        "--output", type=Path, default=Path("sunnybrook_frames"), help="to make (default: sunnybrook_frames)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
-    parser.add_argument("--force", action="store_true", help="make it again, even if it is there")
-    return parser
+    return command(make, __doc__, "dicom/ and masks/", "sunnybrook_frames", arguments)
 
 
 def make(source: Path, output: Path, seed: int = 0, force: bool = False) -> None:

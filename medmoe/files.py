@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes ``text`` to ``target`` atomically, in UTF-8."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def plain_name(name: str) -> str:
+    """``name`` with an underscore for all that may trouble names of files and of metrics."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def finite(value: Any) -> Any:

@@ -22,8 +22,23 @@ from medmoe.errors import DataError, MedMoEError
 RECORD = "made_by.json"
 
 
-def command(parser: argparse.ArgumentParser, make: Callable[..., None], arguments: Sequence[str] | None) -> int:
-    """Runs a script that makes a data set: ``make`` with the options by name. Returns the exit status."""
+def command(
+    make: Callable[..., None], description: str | None, source: str, output: str, arguments: Sequence[str] | None
+) -> int:
+    """Runs a script that makes a data set out of another. Returns the exit status.
+
+    Args:
+        make: takes ``source``, ``output``, ``seed`` and ``force``.
+        description: of the script.
+        source: what the folder holds.
+        output: the folder that is made by default.
+        arguments: of the command line; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help=f"folder with {source}")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"to make (default: {output})")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
+    parser.add_argument("--force", action="store_true", help="make it again, even if it is there")
     try:
         make(**vars(parser.parse_args(arguments)))
     except MedMoEError as error:

@@ -28,7 +28,6 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -43,7 +42,7 @@ from monai.utils import string_list_all_gather
 from torch import Tensor
 
 from medmoe.errors import ConfigError, DataError
-from medmoe.files import finite, write_text
+from medmoe.files import finite, plain_name, write_text
 from medmoe.inference import metrics
 from medmoe.tasks import UNLABELLED, Task
 
@@ -87,7 +86,7 @@ def column_names(names: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: two become the same.
     """
-    names = [re.sub(r"[^\w.-]+", "_", name) for name in names]
+    names = [plain_name(name) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"Two classes have one name: {names}. Every class needs a name of its own.")
     return names

@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from medmoe.data.datalist import NIFTI_SUFFIXES, suffix_of
 from medmoe.data.postprocess import decided, main_task
 from medmoe.errors import DataError, some
-from medmoe.files import atomic_path, write_text
+from medmoe.files import atomic_path, plain_name, write_text
 from medmoe.inference.inputs import InputDataset, first_file
 from medmoe.tasks import Task
 from medmoe.training.pictures import color
@@ -140,7 +139,7 @@ def mask_paths(output: Path, case: str, source: Path, tasks: Sequence[Task]) -> 
     for task in tasks:
         if task.kind in ("classes", "labels"):
             stem = case if task is main else f"{case}_{task.name}"
-            endings = [""] if task.kind == "classes" else ["_" + re.sub(r"[^\w.-]+", "_", name) for name in task.names]
+            endings = [""] if task.kind == "classes" else ["_" + plain_name(name) for name in task.names]
             found[task] = [output / f"{stem}{ending}{suffix}" for ending in endings]
     return found
 
